@@ -1,0 +1,52 @@
+# Everything runs in .venv, which `make env` makes; no other set-up is needed.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+# Without a GPU the CUDA library takes minutes to build and cannot be used: `make cuda` builds it all the same.
+export LLAVA_ST_CUDA ?= $(if $(GPU),auto,off)
+
+NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc cmake -type f)
+CPP := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+.PHONY: env test bench cuda lint format wheel clean
+
+env: $(VENV)/ready
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$(TORCH)" "setuptools>=77" wheel ninja "cmake>=3.24"
+	touch $@
+
+$(VENV)/ready: $(VENV)/torch $(NATIVE)
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@
+
+test: env
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The main job: a real clip through every backend of this machine. BENCH_ARGS="--video FILE" takes your own.
+bench: env
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+# The CUDA library, for all architectures, into the checkout. Needs nvcc, not a GPU.
+cuda: env
+	PATH="$(CURDIR)/$(BIN):$$PATH" LLAVA_ST_CUDA=on $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+wheel: env
+	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist llava_st_ops/lib *.egg-info

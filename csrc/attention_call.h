@@ -1,0 +1,149 @@
+// What a call of point-to-region attention means, checked: the part of the op that the CPU and the CUDA library share.
+#pragma once
+
+#include <cmath>
+#include <optional>
+
+#include "checks.h"
+#include "geometry/regions.h"
+
+namespace llava_st {
+
+constexpr int64_t kMaxHeadDim = 256;
+
+using OptionalScale = std::optional<double>;
+
+/// A checked call over a dense `[B, T, H, W, heads, D]` grid.
+struct DenseCall {
+  int64_t batch;
+  Extent grid, region;
+  int64_t heads, head_dim;
+  double scale;
+
+  std::vector<int64_t> query_shape() const {
+    const Extent regions = regions_of(grid, region);
+    return {batch, regions.t, regions.h, regions.w, heads, head_dim};
+  }
+};
+
+/// A checked call over packed `[tokens, heads, D]` videos. The grids themselves are checked apart: they may live on a
+/// GPU, where they are not read back.
+struct PackedCall {
+  Extent region;
+  int64_t keys, queries, videos;
+  int64_t heads, head_dim;
+  double scale;
+
+  std::vector<int64_t> query_shape() const { return {queries, heads, head_dim}; }
+};
+
+inline Extent check_region(const char* op, const std::vector<int64_t>& region) {
+  const bool valid = region.size() == 3 && region[0] > 0 && region[1] > 0 && region[2] > 0;
+  LLAVA_ST_CHECK(valid, op, ": region must be three positive sizes (time, height, width), got ", to_text(region));
+  return {region[0], region[1], region[2]};
+}
+
+inline double check_scale(const char* op, OptionalScale scale, int64_t head_dim) {
+  if (!scale) return head_dim > 0 ? 1.0 / std::sqrt(static_cast<double>(head_dim)) : 1.0;
+  LLAVA_ST_CHECK(std::isfinite(*scale), op, ": scale must be finite, got ", *scale);
+  return *scale;
+}
+
+inline void check_head_dim(const char* op, int64_t head_dim) {
+  LLAVA_ST_CHECK(head_dim <= kMaxHeadDim, op, ": the head dimension (last of query) must be at most ", kMaxHeadDim,
+                 ", got ", head_dim);
+}
+
+inline DenseCall check_dense(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
+                             const std::vector<int64_t>& region, OptionalScale scale) {
+  DenseCall call;
+  call.region = check_region(op, region);
+  check_rank(op, {"query", query}, 6, "[B, T', H', W', heads, D]");
+  check_rank(op, {"key", key}, 6, "[B, T, H, W, heads, D]");
+  check_same_kind(op, {"key", key}, {"query", query});
+  check_same_kind(op, {"value", value}, {"query", query});
+  call.batch = key.size(0);
+  call.grid = {key.size(1), key.size(2), key.size(3)};
+  call.heads = key.size(4);
+  call.head_dim = key.size(5);
+  check_shape(op, {"value", value}, {key.sizes().begin(), key.sizes().end()});
+  check_shape(op, {"query", query}, call.query_shape());
+  check_head_dim(op, call.head_dim);
+  call.scale = check_scale(op, scale, call.head_dim);
+  return call;
+}
+
+inline PackedCall check_packed(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
+                               const Tensor& grid_thw, const std::vector<int64_t>& region, OptionalScale scale) {
+  PackedCall call;
+  call.region = check_region(op, region);
+  check_rank(op, {"query", query}, 3, "[queries, heads, D]");
+  check_rank(op, {"key", key}, 3, "[tokens, heads, D]");
+  check_same_kind(op, {"key", key}, {"query", query});
+  check_same_kind(op, {"value", value}, {"query", query});
+  call.queries = query.size(0);
+  call.keys = key.size(0);
+  call.heads = key.size(1);
+  call.head_dim = key.size(2);
+  check_shape(op, {"value", value}, {key.sizes().begin(), key.sizes().end()});
+  check_shape(op, {"query", query}, call.query_shape());
+  check_head_dim(op, call.head_dim);
+  call.scale = check_scale(op, scale, call.head_dim);
+
+  const bool integral =
+      grid_thw.scalar_type() == ScalarType::Int || grid_thw.scalar_type() == ScalarType::Long;
+  LLAVA_ST_CHECK(integral, op, ": grid_thw must be int32 or int64, got ", to_text(grid_thw.scalar_type()));
+  LLAVA_ST_CHECK(grid_thw.dim() == 2 && grid_thw.size(1) == 3, op,
+                 ": grid_thw must have shape [videos, 3] (time, height, width), got ", to_text(grid_thw.sizes()));
+  LLAVA_ST_CHECK(grid_thw.is_cpu() || same_device(grid_thw, query), op,
+                 ": grid_thw must be on the CPU or on the device of query, ", device_text(query), ", got ",
+                 device_text(grid_thw));
+  call.videos = grid_thw.size(0);
+  return call;
+}
+
+/// The grids of a packed batch and where each video begins, with one more offset for the totals.
+struct PackedGrids {
+  std::vector<Extent> grids;
+  std::vector<PackedOffset> offsets;
+};
+
+/// Reads and checks a `grid_thw` that lives on the CPU.
+inline PackedGrids read_grids(const char* op, const Tensor& grid_thw, const PackedCall& call) {
+  const auto read = [&](int64_t video, int64_t axis) -> int64_t {
+    const int64_t at = video * grid_thw.stride(0) + axis * grid_thw.stride(1);
+    return grid_thw.scalar_type() == ScalarType::Long ? static_cast<const int64_t*>(grid_thw.const_data_ptr())[at]
+                                                      : static_cast<const int32_t*>(grid_thw.const_data_ptr())[at];
+  };
+  PackedGrids packed;
+  packed.grids.reserve(call.videos);
+  packed.offsets.reserve(call.videos + 1);
+  PackedOffset end = {0, 0};
+  for (int64_t video = 0; video < call.videos; ++video) {
+    const Extent grid = {read(video, 0), read(video, 1), read(video, 2)};
+    LLAVA_ST_CHECK(grid.t >= 0 && grid.h >= 0 && grid.w >= 0, op, ": grid_thw must not be negative, got [", grid.t,
+                   ", ", grid.h, ", ", grid.w, "] for video ", video);
+    packed.grids.push_back(grid);
+    packed.offsets.push_back(end);
+    int64_t tokens;
+    const bool fits = !__builtin_mul_overflow(grid.t, grid.h, &tokens) &&
+                      !__builtin_mul_overflow(tokens, grid.w, &tokens) &&
+                      !__builtin_add_overflow(end.key, tokens, &end.key) && end.key <= call.keys;
+    LLAVA_ST_CHECK(fits, op, ": grid_thw must add up to the ", call.keys, " tokens of key, but its first ", video + 1,
+                   " rows hold more");
+    if (tokens > 0) end.query += regions_of(grid, call.region).count();
+  }
+  packed.offsets.push_back(end);
+  LLAVA_ST_CHECK(end.key == call.keys, op, ": grid_thw must add up to the ", call.keys, " tokens of key, got ",
+                 end.key);
+  LLAVA_ST_CHECK(end.query == call.queries, op, ": query must have one row per region of grid_thw, ", end.query,
+                 ", got ", call.queries);
+  return packed;
+}
+
+/// Strides of a dense tensor in the order that the kernels use.
+inline TokenStrides dense_strides(const Tensor& tensor) {
+  return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3), tensor.stride(4)};
+}
+
+}  // namespace llava_st

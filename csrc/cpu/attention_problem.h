@@ -1,0 +1,68 @@
+// The CPU kernels' view of point-to-region attention: plain pointers and strides, no torch, so that the kernels can be
+// built and run on their own (under sanitizers, in tests).
+#pragma once
+
+#include "../geometry/regions.h"
+
+namespace llava_st::cpu {
+
+/// A `[sample, T, H, W, heads, D]` tensor with contiguous rows of D elements. Packed `[tokens, heads, D]` tensors keep
+/// the stride of a token in `strides.w`; their other token strides follow from each video's grid.
+struct Operand {
+  void* data;
+  TokenStrides strides;
+};
+
+struct AttentionProblem {
+  int64_t queries;  // regions of all samples together
+  int64_t heads, head_dim;
+  double scale;
+  Extent region;
+
+  Extent grid;  // of every sample, where the batch is dense
+
+  const PackedOffset* offsets = nullptr;  // where the batch is packed
+  const Extent* grids = nullptr;
+  int64_t videos = 0;
+
+  int64_t largest_region = 0;  // in tokens
+
+  LLAVA_ST_HOST_DEVICE bool packed() const { return offsets != nullptr; }
+};
+
+struct ForwardOperands {
+  Operand query, key, value, output;
+};
+
+struct BackwardOperands {
+  Operand grad_output, query, key, value;
+  Operand grad_query, grad_key, grad_value;
+};
+
+/// `loop(n, body, context)` calls `body(begin, end, context)` over parts of [0, n), perhaps on several threads. Kernels
+/// take it as a parameter: inside torch it is torch's pool, in the thread sanitizer's tests plain threads.
+using LoopBody = void (*)(int64_t begin, int64_t end, void* context);
+struct ParallelLoop {
+  void (*run)(int64_t n, LoopBody body, void* context);
+  int64_t threads;
+};
+
+/// Both return false when scratch memory could not be had (errors must not cross the loop).
+using Forward = bool (*)(const AttentionProblem&, const ForwardOperands&, const ParallelLoop&);
+using Backward = bool (*)(const AttentionProblem&, const BackwardOperands&, const ParallelLoop&);
+
+enum class Element { kFloat, kDouble, kBFloat16, kFloat16 };
+
+/// The kernels of one instruction set.
+struct AttentionKernels {
+  const char* instruction_set;
+  Forward (*forward)(Element);
+  Backward (*backward)(Element);
+};
+
+const AttentionKernels& baseline_attention_kernels();
+#if defined(__x86_64__)
+const AttentionKernels& avx2_attention_kernels();
+#endif
+
+}  // namespace llava_st::cpu

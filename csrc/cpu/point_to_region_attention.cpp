@@ -1,0 +1,166 @@
+// point_to_region_attention and its kin on the CPU: checked tensors in, the kernels' plain view of them, tensors out.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+
+#include "../attention_call.h"
+#include "attention_problem.h"
+#include "huge_pages.h"
+#include "instruction_set.h"
+
+namespace llava_st {
+namespace {
+
+using cpu::AttentionProblem;
+using cpu::Operand;
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+cpu::ParallelLoop torch_loop() {
+  const auto run = [](int64_t n, cpu::LoopBody body, void* context) {
+    torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) { body(begin, end, context); });
+  };
+  return {run, torch::stable::get_num_threads()};
+}
+
+cpu::Element element_of(const char* op, const Tensor& query) {
+  switch (query.scalar_type()) {
+    case ScalarType::Float:
+      return cpu::Element::kFloat;
+    case ScalarType::Double:
+      return cpu::Element::kDouble;
+    case ScalarType::BFloat16:
+      return cpu::Element::kBFloat16;
+    case ScalarType::Half:
+      return cpu::Element::kFloat16;
+    default:
+      fail(op, ": query must be float64, float32, bfloat16 or float16, got ", to_text(query.scalar_type()));
+  }
+}
+
+Tensor allocate_result(const char* op, const char* name, const std::vector<int64_t>& sizes, const Tensor& like) {
+  Tensor result = allocate(op, name, sizes, like);
+  cpu::advise_huge_pages(result.mutable_data_ptr(), result.numel() * static_cast<int64_t>(result.element_size()));
+  return result;
+}
+
+Tensor allocate_gradient(const char* op, const char* name, const Tensor& of) {
+  return allocate_result(op, name, {of.sizes().begin(), of.sizes().end()}, of);
+}
+
+/// The kernels' view of a tensor, dense or packed. They only write to results.
+Operand operand(const Tensor& tensor) {
+  void* const data = const_cast<void*>(tensor.const_data_ptr());
+  if (tensor.dim() == 6) return {data, dense_strides(tensor)};
+  return {data, {0, 0, 0, tensor.stride(0), tensor.stride(1)}};
+}
+
+int64_t tokens_of_largest_region(Extent grid, Extent region) {
+  return Extent{std::min(grid.t, region.t), std::min(grid.h, region.h), std::min(grid.w, region.w)}.count();
+}
+
+AttentionProblem problem_of(const DenseCall& call) {
+  AttentionProblem problem;
+  problem.queries = call.batch * regions_of(call.grid, call.region).count();
+  problem.heads = call.heads;
+  problem.head_dim = call.head_dim;
+  problem.scale = call.scale;
+  problem.region = call.region;
+  problem.grid = call.grid;
+  problem.largest_region = tokens_of_largest_region(call.grid, call.region);
+  return problem;
+}
+
+AttentionProblem problem_of(const PackedCall& call, const PackedGrids& packed) {
+  AttentionProblem problem;
+  problem.queries = call.queries;
+  problem.heads = call.heads;
+  problem.head_dim = call.head_dim;
+  problem.scale = call.scale;
+  problem.region = call.region;
+  problem.offsets = packed.offsets.data();
+  problem.grids = packed.grids.data();
+  problem.videos = call.videos;
+  for (const Extent& grid : packed.grids) {
+    problem.largest_region = std::max(problem.largest_region, tokens_of_largest_region(grid, call.region));
+  }
+  return problem;
+}
+
+Tensor run_forward(const char* op, const AttentionProblem& problem, const std::vector<int64_t>& query_shape,
+                   const Tensor& query, const Tensor& key, const Tensor& value) {
+  const cpu::Forward kernel = cpu::attention_kernels().forward(element_of(op, query));
+  Tensor output = allocate_result(op, "the output", query_shape, query);
+  if (output.numel() == 0) return output;
+  const Tensor q = with_contiguous_rows(query), k = with_contiguous_rows(key), v = with_contiguous_rows(value);
+  const bool done = kernel(problem, {operand(q), operand(k), operand(v), operand(output)}, torch_loop());
+  LLAVA_ST_CHECK(done, op, ": out of memory allocating scratch memory for regions of ", problem.largest_region,
+                 " tokens on cpu");
+  return output;
+}
+
+Gradients run_backward(const char* op, const AttentionProblem& problem, const std::vector<int64_t>& query_shape,
+                       const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value) {
+  const cpu::Backward kernel = cpu::attention_kernels().backward(element_of(op, query));
+  check_same_kind(op, {"grad_output", grad_output}, {"query", query});
+  check_shape(op, {"grad_output", grad_output}, query_shape);
+  Tensor grad_query = allocate_gradient(op, "the gradient of query", query);
+  Tensor grad_key = allocate_gradient(op, "the gradient of key", key);
+  Tensor grad_value = allocate_gradient(op, "the gradient of value", value);
+  if (grad_query.numel() == 0) return {grad_query, grad_key, grad_value};
+  const Tensor g = with_contiguous_rows(grad_output);
+  const Tensor q = with_contiguous_rows(query), k = with_contiguous_rows(key), v = with_contiguous_rows(value);
+  const bool done = kernel(problem,
+                           {operand(g), operand(q), operand(k), operand(v), operand(grad_query), operand(grad_key),
+                            operand(grad_value)},
+                           torch_loop());
+  LLAVA_ST_CHECK(done, op, ": out of memory allocating scratch memory for regions of ", problem.largest_region,
+                 " tokens on cpu");
+  return {grad_query, grad_key, grad_value};
+}
+
+Tensor point_to_region_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                 std::vector<int64_t> region, OptionalScale scale) {
+  constexpr auto op = "point_to_region_attention";
+  const DenseCall call = check_dense(op, query, key, value, region, scale);
+  return run_forward(op, problem_of(call), call.query_shape(), query, key, value);
+}
+
+Gradients point_to_region_attention_backward(const Tensor& grad_output, const Tensor& query, const Tensor& key,
+                                             const Tensor& value, std::vector<int64_t> region, OptionalScale scale) {
+  constexpr auto op = "point_to_region_attention_backward";
+  const DenseCall call = check_dense(op, query, key, value, region, scale);
+  return run_backward(op, problem_of(call), call.query_shape(), grad_output, query, key, value);
+}
+
+Tensor point_to_region_attention_packed(const Tensor& query, const Tensor& key, const Tensor& value,
+                                        const Tensor& grid_thw, std::vector<int64_t> region, OptionalScale scale) {
+  constexpr auto op = "point_to_region_attention_packed";
+  const PackedCall call = check_packed(op, query, key, value, grid_thw, region, scale);
+  const PackedGrids packed = read_grids(op, grid_thw, call);
+  return run_forward(op, problem_of(call, packed), call.query_shape(), query, key, value);
+}
+
+Gradients point_to_region_attention_packed_backward(const Tensor& grad_output, const Tensor& query, const Tensor& key,
+                                                    const Tensor& value, const Tensor& grid_thw,
+                                                    std::vector<int64_t> region, OptionalScale scale) {
+  constexpr auto op = "point_to_region_attention_packed_backward";
+  const PackedCall call = check_packed(op, query, key, value, grid_thw, region, scale);
+  const PackedGrids packed = read_grids(op, grid_thw, call);
+  return run_backward(op, problem_of(call, packed), call.query_shape(), grad_output, query, key, value);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(llava_st, CPU, m) {
+  m.impl("point_to_region_attention", TORCH_BOX(&point_to_region_attention));
+  m.impl("point_to_region_attention_backward", TORCH_BOX(&point_to_region_attention_backward));
+  m.impl("point_to_region_attention_packed", TORCH_BOX(&point_to_region_attention_packed));
+  m.impl("point_to_region_attention_packed_backward", TORCH_BOX(&point_to_region_attention_packed_backward));
+}
+
+}  // namespace llava_st
+
+/// The instruction set of the CPU kernels on this machine, for `python -m llava_st_ops.info`.
+extern "C" __attribute__((visibility("default"))) const char* llava_st_cpu_instruction_set() {
+  return llava_st::cpu::attention_kernels().instruction_set;
+}

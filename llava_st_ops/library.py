@@ -1,0 +1,81 @@
+"""Finds and loads the native libraries, and defines the ops where none could be loaded."""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+LIBRARY_FOLDER = Path(__file__).parent / "lib"
+MINIMUM_TORCH = (2, 10)
+NAMESPACE = "llava_st"
+
+
+@dataclass(frozen=True)
+class NativeLibrary:
+    """One of the two native libraries: loaded, or the reason why not."""
+
+    path: Path
+    loaded: bool
+    reason: str
+
+    def text(self, function: str) -> str:
+        """What a `const char* function()` of the library returns."""
+        symbol = getattr(ctypes.CDLL(str(self.path)), function)
+        symbol.restype = ctypes.c_char_p
+        return symbol().decode()
+
+    def number(self, function: str) -> int:
+        """What an `int function()` of the library returns."""
+        return getattr(ctypes.CDLL(str(self.path)), function)()
+
+
+def torch_version(version: str) -> tuple[int, int]:
+    """Major and minor of a version text such as `2.13.0+cpu`."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    if match is None:
+        raise ValueError(f"version: expected a text like '2.13.0', got {version!r}")
+    return int(match[1]), int(match[2])
+
+
+def load(name: str, *, torch_text: str = torch.__version__, folder: Path = LIBRARY_FOLDER) -> NativeLibrary:
+    """Loads `libllava_st_<name>.so`. Never raises: what went wrong is in the reason."""
+    path = folder / f"libllava_st_{name}.so"
+    if not path.exists():
+        return NativeLibrary(path, False, f"{path.name} was not built")
+    if torch_version(torch_text) < MINIMUM_TORCH:
+        needed = ".".join(map(str, MINIMUM_TORCH))
+        return NativeLibrary(path, False, f"{path.name} needs torch >= {needed}, this is torch {torch_text}")
+    if name == "cuda" and torch.version.cuda is None:
+        return NativeLibrary(path, False, "this torch was built without CUDA")
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return NativeLibrary(path, False, f"{path.name} did not load: {error}")
+    return NativeLibrary(path, True, f"{path.name} is loaded")
+
+
+def read_schemas() -> list[str]:
+    """The op schemas, from the file that the native library is compiled with."""
+    candidates = (LIBRARY_FOLDER / "schemas.txt", Path(__file__).parents[1] / "csrc" / "schemas.txt")
+    path = next(path for path in candidates if path.exists())
+    return ast.literal_eval(f"[{path.read_text()}]")
+
+
+def define_ops(namespace: str) -> torch.library.Library:
+    """Defines every op of schemas.txt in a namespace of its own, without kernels."""
+    library = torch.library.Library(namespace, "DEF")
+    for schema in read_schemas():
+        library.define(schema)
+    return library
+
+
+CPU = load("cpu")
+CUDA = load("cuda") if CPU.loaded else NativeLibrary(CPU.path.with_name("libllava_st_cuda.so"), False, CPU.reason)
+
+# Kernels written in Python are added to the ops through this; a native library has declared them already.
+OPS = torch.library.Library(NAMESPACE, "FRAGMENT") if CPU.loaded else define_ops(NAMESPACE)

@@ -1,0 +1,163 @@
+"""The packers of LLaVA-ST: modules that compress a video's features by point-to-region attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import point_to_region_attention, region_centers
+
+# The names of the released checkpoints, and what they are called here.
+_PUBLISHED_PACKER = {
+    "to_q.": "query_mlp.",
+    "to_k.": "key_mlp.",
+    "to_v.": "value_mlp.",
+    "ln_q.": "query_norm.",
+    "ln_k.": "key_norm.",
+    "ln_v.": "value_norm.",
+    "attn.in_proj_": "in_proj_",
+    "attn.out_proj.": "out_proj.",
+    "to_out.": "output.",
+}
+_PUBLISHED_STREAMS = {"token_packer.": "spatial.", "token_packer_slow.": "slow.", "token_packer_fast.": "fast."}
+_PUBLISHED_WRAPPER = "devide_attention."  # spelled so
+
+
+def _rename(state_dict: dict[str, Any], prefix: str, names: Mapping[str, str]) -> None:
+    """Gives the entries below `prefix` whose names begin with a key of `names` their new beginnings, in place."""
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        rest = key[len(prefix) :]
+        for old, new in names.items():
+            if rest.startswith(old):
+                state_dict[prefix + new + rest[len(old) :]] = state_dict.pop(key)
+                break
+
+
+def _mlp(in_features: int, out_features: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_features, out_features), nn.GELU(), nn.Linear(out_features, out_features))
+
+
+class PointToRegionPacker(nn.Module):
+    """Packs each region of a grid into one token: its centre, plus what the centre attends to in its region.
+
+    Queries come from the region centres, keys and values from all features; each goes through an MLP, a LayerNorm and
+    the in-projection of multi-head attention. `output = centre + output_projection(out_projection(attention))`.
+
+    Args:
+        visual_dim: width C of the features.
+        embed_dim: width of the attention, a multiple of `num_heads`; `embed_dim / num_heads` is at most 256.
+        num_heads: attention heads.
+        region: tokens per region along time, height and width; LLaVA-ST uses `(1, 3, 3)` and `(5, 1, 1)`.
+        eps: of the LayerNorms; TokenPacker uses 1e-6.
+
+    Shapes: `[B, T, H, W, C] -> [B, ceil(T / rt), ceil(H / rh), ceil(W / rw), C]`, for any T, H and W.
+
+    `load_state_dict` also accepts the names of LLaVA-ST's checkpoints (`devide_attention.to_q.0.weight`, ...).
+    """
+
+    def __init__(
+        self, visual_dim: int, embed_dim: int, num_heads: int, region: Sequence[int], eps: float = 1e-5
+    ) -> None:
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim must be a multiple of num_heads, {num_heads}, got {embed_dim}")
+        self.num_heads = num_heads
+        self.region = tuple(region)
+        self.query_mlp = _mlp(visual_dim, embed_dim)
+        self.key_mlp = _mlp(visual_dim, embed_dim)
+        self.value_mlp = _mlp(visual_dim, embed_dim)
+        self.query_norm = nn.LayerNorm(embed_dim, eps)
+        self.key_norm = nn.LayerNorm(embed_dim, eps)
+        self.value_norm = nn.LayerNorm(embed_dim, eps)
+        # One parameter for the three in-projections, as in torch.nn.MultiheadAttention.
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * embed_dim))
+        self.out_proj = nn.Linear(embed_dim, embed_dim)
+        self.output = nn.Linear(embed_dim, visual_dim, bias=False)
+        self.reset_parameters()
+        self.register_load_state_dict_pre_hook(self._accept_published_names)
+
+    def reset_parameters(self) -> None:
+        """The initialisation of the published packer."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.in_proj_bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features `[B, T, H, W, C]` -> `[B, T', H', W', C]`."""
+        centers = region_centers(features, self.region)
+        query_weight, key_weight, value_weight = self.in_proj_weight.chunk(3)
+        query_bias, key_bias, value_bias = self.in_proj_bias.chunk(3)
+        query = nn.functional.linear(self.query_norm(self.query_mlp(centers)), query_weight, query_bias)
+        key = nn.functional.linear(self.key_norm(self.key_mlp(features)), key_weight, key_bias)
+        value = nn.functional.linear(self.value_norm(self.value_mlp(features)), value_weight, value_bias)
+        query, key, value = (x.unflatten(-1, (self.num_heads, -1)) for x in (query, key, value))
+        pooled = point_to_region_attention(query, key, value, self.region).flatten(-2)
+        return centers + self.output(self.out_proj(pooled))
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, region={self.region}"
+
+    @staticmethod
+    def _accept_published_names(
+        module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
+    ) -> None:
+        _rename(state_dict, prefix, {_PUBLISHED_WRAPPER: ""})
+        _rename(state_dict, prefix, _PUBLISHED_PACKER)
+
+
+class SpatialTemporalPacker(nn.Module):
+    """LLaVA-ST's Spatial-Temporal Packer: a video's features to a slow and a fast stream of tokens.
+
+    A spatial packer shrinks every frame; from its output a temporal packer makes the slow stream (few frames, more
+    tokens each), and a second spatial packer the fast stream (all frames, few tokens each).
+
+    Args:
+        visual_dim: width C of the features.
+        embed_dim: width of the attention, a multiple of `num_heads`.
+        num_heads: attention heads.
+        spatial_factor: side, in tokens, of the regions of the first packer.
+        temporal_factor: frames per region of the slow stream.
+        fast_factor: side of the regions of the fast stream, in tokens of the first packer's output.
+
+    Shapes, for a 27 x 27 grid and the default factors: `[B, T, 27, 27, C] -> (slow [B, ceil(T / 5), 9, 9, C],
+    fast [B, T, 3, 3, C])`. Any T, any grid, any width; a single frame is its own slow seed.
+
+    `load_state_dict` also accepts the names of LLaVA-ST's checkpoints
+    (`token_packer.devide_attention.to_q.0.weight`, ...).
+    """
+
+    def __init__(
+        self,
+        visual_dim: int,
+        embed_dim: int,
+        num_heads: int,
+        spatial_factor: int = 3,
+        temporal_factor: int = 5,
+        fast_factor: int = 3,
+    ) -> None:
+        super().__init__()
+        self.spatial = PointToRegionPacker(visual_dim, embed_dim, num_heads, (1, spatial_factor, spatial_factor))
+        self.slow = PointToRegionPacker(visual_dim, embed_dim, num_heads, (temporal_factor, 1, 1))
+        self.fast = PointToRegionPacker(visual_dim, embed_dim, num_heads, (1, fast_factor, fast_factor))
+        self.register_load_state_dict_pre_hook(self._accept_published_names)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """features `[B, T, H, W, C]` -> `(slow, fast)`, both on grids of their own, channels last."""
+        packed = self.spatial(features)
+        return self.slow(packed), self.fast(packed)
+
+    @staticmethod
+    def _accept_published_names(
+        module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
+    ) -> None:
+        _rename(state_dict, prefix, _PUBLISHED_STREAMS)

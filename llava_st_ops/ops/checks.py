@@ -1,0 +1,118 @@
+"""Input checks of the ops in Python: for every backend, and while tracing.
+
+The native kernels check again, so that raw `torch.ops` calls are safe too. Errors name the argument, what was expected
+and what came.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MAX_HEAD_DIM = 256
+
+
+def check_region(op: str, region: Sequence[int]) -> None:
+    valid = isinstance(region, (tuple, list, torch.Size)) and len(region) == 3
+    if not valid or not all(isinstance(size, (int, torch.SymInt)) and size > 0 for size in region):
+        raise ValueError(f"{op}: region must be three positive sizes (time, height, width), got {region!r}")
+
+
+def check_rank(op: str, name: str, tensor: Tensor, rank: int, layout: str) -> None:
+    if tensor.dim() != rank:
+        raise ValueError(
+            f"{op}: {name} must have {rank} dimensions {layout}, got {tensor.dim()} with shape {list(tensor.shape)}"
+        )
+
+
+def check_shape(op: str, name: str, tensor: Tensor, expected: Sequence[int]) -> None:
+    if list(tensor.shape) != list(expected):
+        raise ValueError(f"{op}: {name} must have shape {list(expected)}, got {list(tensor.shape)}")
+
+
+def check_same_kind(op: str, name: str, tensor: Tensor, model_name: str, model: Tensor) -> None:
+    if tensor.dtype != model.dtype:
+        raise TypeError(f"{op}: {name} must have the dtype of {model_name}, {model.dtype}, got {tensor.dtype}")
+    if tensor.device != model.device:
+        raise ValueError(f"{op}: {name} must be on the device of {model_name}, {model.device}, got {tensor.device}")
+
+
+def check_scale(op: str, scale: float | None) -> float | None:
+    if scale is None:
+        return None
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"{op}: scale must be a finite number or None, got {scale!r}")
+    return float(scale)
+
+
+def check_grad_output(op: str, grad_output: Tensor, query: Tensor) -> None:
+    check_same_kind(op, "grad_output", grad_output, "query", query)
+    check_shape(op, "grad_output", grad_output, query.shape)
+
+
+def check_attention_inputs(op: str, query: Tensor, key: Tensor, value: Tensor, region: Sequence[int]) -> None:
+    """Of the dense form: query `[B, T', H', W', heads, D]`, key and value `[B, T, H, W, heads, D]`."""
+    check_region(op, region)
+    check_rank(op, "query", query, 6, "[B, T', H', W', heads, D]")
+    check_rank(op, "key", key, 6, "[B, T, H, W, heads, D]")
+    _check_kinds(op, query, key, value)
+    batch, t, h, w, heads, dim = key.shape
+    regions = [-(-size // step) for size, step in zip((t, h, w), region, strict=True)]
+    check_shape(op, "value", value, key.shape)
+    check_shape(op, "query", query, (batch, *regions, heads, dim))
+    _check_head_dim(op, dim)
+
+
+def check_packed_attention_inputs(
+    op: str, query: Tensor, key: Tensor, value: Tensor, grid_thw: Tensor, region: Sequence[int]
+) -> None:
+    """Of the packed form: query `[queries, heads, D]`, key and value `[tokens, heads, D]`, grid_thw `[videos, 3]`."""
+    check_region(op, region)
+    check_rank(op, "query", query, 3, "[queries, heads, D]")
+    check_rank(op, "key", key, 3, "[tokens, heads, D]")
+    _check_kinds(op, query, key, value)
+    check_shape(op, "value", value, key.shape)
+    check_shape(op, "query", query, (query.shape[0], *key.shape[1:]))
+    _check_head_dim(op, key.shape[2])
+    if grid_thw.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: grid_thw must be int32 or int64, got {grid_thw.dtype}")
+    if grid_thw.dim() != 2 or grid_thw.shape[1] != 3:
+        raise ValueError(
+            f"{op}: grid_thw must have shape [videos, 3] (time, height, width), got {list(grid_thw.shape)}"
+        )
+    if grid_thw.device.type != "cpu" and grid_thw.device != query.device:
+        raise ValueError(
+            f"{op}: grid_thw must be on the CPU or on the device of query, {query.device}, got {grid_thw.device}"
+        )
+
+
+def check_grids_add_up(op: str, grid_thw: Tensor, tokens: int, queries: int, region: Sequence[int]) -> None:
+    """That `grid_thw`, read back to the host, holds just the tokens and the queries there are."""
+    total_tokens = total_queries = 0
+    for video, (t, h, w) in enumerate(grid_thw.tolist()):
+        if min(t, h, w) < 0:
+            raise ValueError(f"{op}: grid_thw must not be negative, got {[t, h, w]} for video {video}")
+        total_tokens += t * h * w
+        regions = [-(-size // step) for size, step in zip((t, h, w), region, strict=True)]
+        total_queries += regions[0] * regions[1] * regions[2]
+    if total_tokens != tokens:
+        raise ValueError(f"{op}: grid_thw must add up to the {tokens} tokens of key, got {total_tokens}")
+    if total_queries != queries:
+        raise ValueError(f"{op}: query must have one row per region of grid_thw, {total_queries}, got {queries}")
+
+
+def _check_kinds(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    if not query.dtype.is_floating_point:
+        raise TypeError(f"{op}: query must be of a floating point dtype, got {query.dtype}")
+    check_same_kind(op, "key", key, "query", query)
+    check_same_kind(op, "value", value, "query", query)
+
+
+def _check_head_dim(op: str, head_dim: int) -> None:
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(
+            f"{op}: the head dimension (last of query) must be at most {MAX_HEAD_DIM}, got {head_dim}"
+        )

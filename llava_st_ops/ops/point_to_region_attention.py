@@ -1,0 +1,255 @@
+"""Point-to-region attention: each query attends to the keys of its own block of a video's grid, and to nothing else.
+
+The native ops are `torch.ops.llava_st.point_to_region_attention`, `..._packed`, and the `_backward` of each. The Triton
+kernels stand behind ops of the same names under `torch.ops.llava_st_triton`. This module gives them fakes, autograd,
+autocast and vmap rules, and holds the public functions, which choose a backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, library, reference
+from . import checks
+from .registration import has_tangent, register_autocast, register_autograd
+
+_DENSE = "point_to_region_attention"
+_PACKED = "point_to_region_attention_packed"
+_TRITON_NAMESPACE = "llava_st_triton"
+_TRITON_OPS = library.define_ops(_TRITON_NAMESPACE)
+
+
+def point_to_region_attention(
+    query: Tensor, key: Tensor, value: Tensor, region: Sequence[int], scale: float | None = None
+) -> Tensor:
+    """Attention of each query over the tokens of its own region.
+
+    A grid of `T x H x W` tokens is cut into non-overlapping regions of `region = (rt, rh, rw)` tokens; regions at the
+    far edges may be partial. There is one query per region, `T' = ceil(T / rt)` and so on. LLaVA-ST's spatial stream
+    is `(1, 3, 3)`, its temporal stream `(5, 1, 1)`.
+
+    Args:
+        query: `[B, T', H', W', heads, D]`.
+        key: `[B, T, H, W, heads, D]`.
+        value: `[B, T, H, W, heads, D]`.
+        region: tokens per region along time, height and width.
+        scale: factor on the scores; `D ** -0.5` by default.
+
+    All three tensors share dtype (float32, bfloat16 or float16; float64 too on a CPU) and device. They may be strided
+    in any way; where the last dimension is not contiguous the kernels copy the tensor first. `D` is at most 256.
+    Sums are taken in float32, in float64 for float64. The result is the same in every run.
+
+    Returns:
+        `[B, T', H', W', heads, D]`, contiguous, in the dtype of `query`. Differentiable once; for double backward and
+        the transforms of torch.func other than vmap the reference runs instead, or is to be asked for
+        (`use_backend("reference")`).
+
+    Raises:
+        ValueError: shapes, devices, `region` or `scale` that do not fit.
+        TypeError: dtypes that do not fit.
+        BackendError: `use_backend` forces a backend that cannot run here.
+        torch.OutOfMemoryError: no memory for the result.
+
+    Source: LLaVA-ST (arXiv:2501.08282), Spatial-Temporal Packer; the scheme is TokenPacker's (arXiv:2407.02392).
+    """
+    checks.check_attention_inputs(_DENSE, query, key, value, region)
+    scale = checks.check_scale(_DENSE, scale)
+    return _run(_DENSE, (query, key, value), (list(region), scale), reference.point_to_region_attention)
+
+
+def point_to_region_attention_packed(
+    query: Tensor, key: Tensor, value: Tensor, grid_thw: Tensor, region: Sequence[int], scale: float | None = None
+) -> Tensor:
+    """`point_to_region_attention` for videos and images of different sizes, packed along one axis.
+
+    Args:
+        query: `[queries, heads, D]`; the regions of each video in row-major order, video after video.
+        key: `[tokens, heads, D]`; the tokens of each video in row-major order, video after video.
+        value: like `key`.
+        grid_thw: int32 or int64 `[videos, 3]`, the size of each video in tokens (time, height, width). On the CPU it
+            is checked to add up. On the GPU it is never read back: queries that belong to no video get zeros, tokens
+            that belong to none get no gradient, and tokens that do not exist are passed over. CUDA graphs want it
+            there.
+        region: tokens per region along time, height and width.
+        scale: factor on the scores; `D ** -0.5` by default.
+
+    Returns:
+        Like `query`. Everything else is as in `point_to_region_attention`.
+    """
+    checks.check_packed_attention_inputs(_PACKED, query, key, value, grid_thw, region)
+    scale = checks.check_scale(_PACKED, scale)
+    if grid_thw.device.type == "cpu" and not torch.compiler.is_compiling():
+        checks.check_grids_add_up(_PACKED, grid_thw, key.shape[0], query.shape[0], region)
+    others = (grid_thw, list(region), scale)
+    return _run(_PACKED, (query, key, value), others, reference.point_to_region_attention_packed)
+
+
+def _run(
+    op: str, tensors: tuple[Tensor, ...], others: tuple[Any, ...], plain: Callable[..., Tensor]
+) -> Tensor:
+    if not torch.compiler.is_compiling() and _transformed(*tensors):
+        return plain(*tensors, *others)
+    backend = backends.choose(op, tensors[0])
+    if backend == "reference":
+        device_type = tensors[0].device.type
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+            tensors = tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+        with torch.autocast(device_type, enabled=False):
+            return plain(*tensors, *others)
+    namespace = torch.ops.llava_st_triton if backend == "triton" else torch.ops.llava_st
+    if torch.compiler.is_compiling():
+        return getattr(namespace, op)(*tensors, *others)
+    try:
+        return getattr(namespace, op)(*tensors, *others)
+    except RuntimeError as error:
+        if "out of memory allocating" in str(error) and not isinstance(error, torch.OutOfMemoryError):
+            raise torch.OutOfMemoryError(str(error)) from None  # the type is lost at the libraries' C boundary
+        raise
+
+
+def _transformed(*tensors: Tensor) -> bool:
+    """Whether derivatives are taken in a way that only plain PyTorch supports: forward mode, torch.func.grad, ..."""
+    if has_tangent(*tensors):
+        return True
+    functorch = torch._C._functorch
+    for tensor in tensors:
+        while functorch.is_functorch_wrapped_tensor(tensor):
+            if functorch.is_gradtrackingtensor(tensor):
+                return True
+            tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
+# Fakes --------------------------------------------------------------------------------------------------------------
+
+
+def _fake(query: Tensor, key: Tensor, value: Tensor, region: Sequence[int], scale: float | None = None) -> Tensor:
+    checks.check_attention_inputs(_DENSE, query, key, value, region)
+    return query.new_empty(query.shape)
+
+
+def _fake_backward(
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, region: Sequence[int], scale: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.check_attention_inputs(f"{_DENSE}_backward", query, key, value, region)
+    checks.check_grad_output(f"{_DENSE}_backward", grad_output, query)
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _fake_packed(
+    query: Tensor, key: Tensor, value: Tensor, grid_thw: Tensor, region: Sequence[int], scale: float | None = None
+) -> Tensor:
+    checks.check_packed_attention_inputs(_PACKED, query, key, value, grid_thw, region)
+    return query.new_empty(query.shape)
+
+
+def _fake_packed_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grid_thw: Tensor,
+    region: Sequence[int],
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.check_packed_attention_inputs(f"{_PACKED}_backward", query, key, value, grid_thw, region)
+    checks.check_grad_output(f"{_PACKED}_backward", grad_output, query)
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+# vmap ---------------------------------------------------------------------------------------------------------------
+
+
+def _vmap_rule(op: torch._ops.OpOverload, fold: int) -> Callable[..., Any]:
+    """A rule that folds the mapped dimension into dimension `fold` of the op's tensors: a dense batch takes more
+    samples, a packed one more heads."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        if any(dim is not None and not a.dtype.is_floating_point for a, dim in zip(arguments, in_dims, strict=True)):
+            raise NotImplementedError(f"{op}: vmap over grid_thw is not supported")
+        folded = []
+        for argument, dim in zip(arguments, in_dims, strict=True):
+            if isinstance(argument, Tensor) and argument.dtype.is_floating_point:
+                if dim is None:
+                    argument = argument.unsqueeze(fold).expand(
+                        *argument.shape[:fold], info.batch_size, *argument.shape[fold:]
+                    )
+                else:
+                    argument = argument.movedim(dim, fold)
+                argument = argument.flatten(fold, fold + 1)
+            folded.append(argument)
+        outputs = op(*folded)
+        if isinstance(outputs, Tensor):
+            return outputs.unflatten(fold, (info.batch_size, -1)), fold
+        return tuple(o.unflatten(fold, (info.batch_size, -1)) for o in outputs), (fold,) * len(outputs)
+
+    return rule
+
+
+# Registration -------------------------------------------------------------------------------------------------------
+
+
+def _register(namespace: str, registry: torch.library.Library) -> None:
+    ops = getattr(torch.ops, namespace)
+    for name, fold in ((_DENSE, 0), (_PACKED, 1)):
+        forward_op, backward_op = getattr(ops, name).default, getattr(ops, f"{name}_backward").default
+        register_autograd(registry, forward_op, backward_op, tensors=3)
+        register_autocast(registry, forward_op, tensors=3)
+        for op in (forward_op, backward_op):
+            torch.library.register_vmap(op, _vmap_rule(op, fold), lib=registry)
+    for name, fake in (
+        (_DENSE, _fake),
+        (f"{_DENSE}_backward", _fake_backward),
+        (_PACKED, _fake_packed),
+        (f"{_PACKED}_backward", _fake_packed_backward),
+    ):
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=registry)
+
+
+def _triton_kernel(name: str) -> Callable[..., Any]:
+    def kernel(*arguments: Any) -> Any:
+        from .. import triton  # Triton is imported when a kernel of it is first wanted
+
+        return getattr(triton, name)(*_fill_scale(arguments))
+
+    return kernel
+
+
+def _fill_scale(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The dispatcher leaves out arguments that equal their default: `scale` comes last and may be missing."""
+    return arguments if not isinstance(arguments[-1], (list, tuple)) else (*arguments, None)
+
+
+def _fallback_kernel(name: str, plain: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+    """What a raw op does on a device that has no native kernel: the best of what can run, in Python."""
+    through_triton = _triton_kernel(_TRITON_NAMES[name])
+
+    def kernel(*arguments: Any) -> Any:
+        query = next(a for a in arguments if isinstance(a, Tensor))
+        if device_type == "cuda" and backends.can_run("triton", name, query.device, query.dtype).ok:
+            return through_triton(*arguments)
+        return plain(*arguments)
+
+    return kernel
+
+
+_TRITON_NAMES = {
+    _DENSE: "forward",
+    f"{_DENSE}_backward": "backward",
+    _PACKED: "packed_forward",
+    f"{_PACKED}_backward": "packed_backward",
+}
+
+_register(library.NAMESPACE, library.OPS)
+_register(_TRITON_NAMESPACE, _TRITON_OPS)
+for _name, _function in _TRITON_NAMES.items():
+    for _key in ("CPU", "CUDA"):  # on the CPU it is Triton's interpreter
+        _TRITON_OPS.impl(_name, _triton_kernel(_function), _key)
+    for _key, _native in (("CPU", library.CPU), ("CUDA", library.CUDA)):
+        if not _native.loaded:
+            library.OPS.impl(_name, _fallback_kernel(_name, getattr(reference, _name), _key.lower()), _key)

@@ -1,0 +1,116 @@
+"""How an op gets its autograd, autocast and vmap rules, the same way for every op and namespace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_NO_TRANSFORMS = (
+    "{op}: torch.func transforms (grad, jvp, jacrev, ...) do not go through the raw op; "
+    "llava_st_ops.{name} takes the PyTorch reference there"
+)
+_NO_DOUBLE_BACKWARD = (
+    "{op}: double backward is not supported by the kernels; run the forward under "
+    "llava_st_ops.use_backend('reference') to differentiate twice"
+)
+
+
+def has_tangent(*values: object) -> bool:
+    """Whether any tensor among the values carries a forward-mode tangent."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(isinstance(v, Tensor) and forward_ad.unpack_dual(v).tangent is not None for v in values)
+
+
+def _needs_gradient(values: tuple[object, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
+
+
+def register_autograd(
+    library: torch.library.Library,
+    op: torch._ops.OpOverload,
+    backward_op: torch._ops.OpOverload,
+    tensors: int,
+) -> None:
+    """Differentiates `op` by `backward_op(grad_output, *arguments of op)`.
+
+    The first `tensors` arguments of `op` get a gradient; all tensors among its arguments are saved.
+
+    `torch.library.register_autograd` would do for reverse mode, but gives zeros for forward mode without a word; here
+    that raises, as do the transforms of torch.func, whose gradients do not reach an op's autograd kernel.
+    """
+    name = op._schema.name.split("::")[1]
+
+    class BackwardFunction(torch.autograd.Function):
+        """The backward op, so that differentiating it again is an error and not a missing gradient."""
+
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return backward_op(*arguments)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            raise RuntimeError(_NO_DOUBLE_BACKWARD.format(op=op))
+
+    class ForwardFunction(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Tensor:
+            is_tensor = [isinstance(argument, Tensor) for argument in arguments]
+            ctx.save_for_backward(*(a for a, tensor in zip(arguments, is_tensor, strict=True) if tensor))
+            ctx.other = [None if tensor else a for a, tensor in zip(arguments, is_tensor, strict=True)]
+            ctx.is_tensor = is_tensor
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*arguments)
+
+        @staticmethod
+        def backward(ctx: Any, grad_output: Tensor) -> Any:
+            saved = iter(ctx.saved_tensors)
+            arguments = [
+                next(saved) if tensor else other for tensor, other in zip(ctx.is_tensor, ctx.other, strict=True)
+            ]
+            grads = backward_op(grad_output, *arguments)
+            needed = ctx.needs_input_grad[:tensors]
+            kept = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+            return (*kept, *(None for _ in arguments[tensors:]))
+
+    def autograd_kernel(function: type[torch.autograd.Function], inner: torch._ops.OpOverload) -> Callable[..., Any]:
+        def kernel(*arguments: Any) -> Any:
+            tangent = has_tangent(*arguments)
+            if not tangent and not _needs_gradient(arguments):
+                with torch._C._AutoDispatchBelowAutograd():
+                    return inner(*arguments)
+            if tangent or torch._C._are_functorch_transforms_active():
+                raise NotImplementedError(_NO_TRANSFORMS.format(op=inner, name=name))
+            return function.apply(*arguments)
+
+        return kernel
+
+    library.impl(op._schema.name, autograd_kernel(ForwardFunction, op), "Autograd")
+    library.impl(backward_op._schema.name, autograd_kernel(BackwardFunction, backward_op), "Autograd")
+
+
+def register_autocast(library: torch.library.Library, op: torch._ops.OpOverload, tensors: int) -> None:
+    """Under autocast the first `tensors` arguments are cast to its dtype, as for torch's own attention.
+
+    Positions and grids are never cast, and float64 stays as it is: autocast lowers float32 alone.
+    """
+
+    def kernel_for(device_type: str, key: torch._C.DispatchKey) -> Callable[..., Any]:
+        def kernel(*arguments: Any) -> Any:
+            dtype = torch.get_autocast_dtype(device_type)
+            cast = [a if a.dtype == torch.float64 else a.to(dtype) for a in arguments[:tensors]]
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+                return op(*cast, *arguments[tensors:])
+
+        return kernel
+
+    for device_type, key in (
+        ("cpu", torch._C.DispatchKey.AutocastCPU),
+        ("cuda", torch._C.DispatchKey.AutocastCUDA),
+    ):
+        library.impl(op._schema.name, kernel_for(device_type, key), key.name)
