@@ -159,7 +159,6 @@ def preference(device: torch.device) -> tuple[str, ...]:
     return _PREFERENCE.get(device.type, ("reference",))
 
 
-@functools.cache
 def _choose(forced: str | None, op: str, device: torch.device, dtype: torch.dtype) -> str:
     if forced is not None:
         verdict = can_run(forced, op, device, dtype)
@@ -175,12 +174,17 @@ def _choose(forced: str | None, op: str, device: torch.device, dtype: torch.dtyp
     return choice
 
 
-# Evaluated while tracing and kept as a constant: its arguments are guarded on.
-_choose_while_tracing = torch.compiler.assume_constant_result(_choose)
+_choose_cached = functools.cache(_choose)
+
+
+@torch.compiler.assume_constant_result
+def _choose_while_tracing(forced: str | None, op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Evaluated while tracing and kept as a constant: its arguments are guarded on."""
+    return _choose(forced, op, device, dtype)
 
 
 def choose(op: str, tensor: torch.Tensor) -> str:
     """The backend that `op` takes for a tensor like this: the forced one, else the best that can run."""
     if torch.compiler.is_compiling():
         return _choose_while_tracing(_forced_for_compiled, op, tensor.device, tensor.dtype)
-    return _choose(_forced.get(), op, tensor.device, tensor.dtype)
+    return _choose_cached(_forced.get(), op, tensor.device, tensor.dtype)

@@ -108,9 +108,7 @@ class PointToRegionPacker(nn.Module):
         return f"num_heads={self.num_heads}, region={self.region}"
 
     @staticmethod
-    def _accept_published_names(
-        module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
-    ) -> None:
+    def _accept_published_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
         _rename(state_dict, prefix, {_PUBLISHED_WRAPPER: ""})
         _rename(state_dict, prefix, _PUBLISHED_PACKER)
 
@@ -157,7 +155,5 @@ class SpatialTemporalPacker(nn.Module):
         return self.slow(packed), self.fast(packed)
 
     @staticmethod
-    def _accept_published_names(
-        module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
-    ) -> None:
+    def _accept_published_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
         _rename(state_dict, prefix, _PUBLISHED_STREAMS)

@@ -113,6 +113,4 @@ def _check_kinds(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
 
 def _check_head_dim(op: str, head_dim: int) -> None:
     if head_dim > MAX_HEAD_DIM:
-        raise ValueError(
-            f"{op}: the head dimension (last of query) must be at most {MAX_HEAD_DIM}, got {head_dim}"
-        )
+        raise ValueError(f"{op}: the head dimension (last of query) must be at most {MAX_HEAD_DIM}, got {head_dim}")

@@ -88,9 +88,7 @@ def point_to_region_attention_packed(
     return _run(_PACKED, (query, key, value), others, reference.point_to_region_attention_packed)
 
 
-def _run(
-    op: str, tensors: tuple[Tensor, ...], others: tuple[Any, ...], plain: Callable[..., Tensor]
-) -> Tensor:
+def _run(op: str, tensors: tuple[Tensor, ...], others: tuple[Any, ...], plain: Callable[..., Tensor]) -> Tensor:
     if not torch.compiler.is_compiling() and _transformed(*tensors):
         return plain(*tensors, *others)
     backend = backends.choose(op, tensors[0])
@@ -170,11 +168,12 @@ def _vmap_rule(op: torch._ops.OpOverload, fold: int) -> Callable[..., Any]:
     samples, a packed one more heads."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        if any(dim is not None and not a.dtype.is_floating_point for a, dim in zip(arguments, in_dims, strict=True)):
-            raise NotImplementedError(f"{op}: vmap over grid_thw is not supported")
         folded = []
         for argument, dim in zip(arguments, in_dims, strict=True):
-            if isinstance(argument, Tensor) and argument.dtype.is_floating_point:
+            if isinstance(argument, Tensor) and not argument.dtype.is_floating_point:
+                if dim is not None:
+                    raise NotImplementedError(f"{op}: vmap over grid_thw is not supported")
+            elif isinstance(argument, Tensor):
                 if dim is None:
                     argument = argument.unsqueeze(fold).expand(
                         *argument.shape[:fold], info.batch_size, *argument.shape[fold:]

@@ -1,0 +1,50 @@
+"""Fixtures that all tests share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llava_st_ops import backends, use_backend
+
+GPU = torch.cuda.is_available()
+
+
+BACKENDS = ["cpu-avx2", "cpu-baseline", "reference", *(["cuda", "triton"] if GPU else [])]
+
+
+def pytest_report_header():
+    return f"backends under test: {', '.join(BACKENDS)}" + (
+        "" if GPU else " (no GPU: see tests/emulator, tests/triton)"
+    )
+
+
+@pytest.fixture(params=BACKENDS)
+def on_backend(request, monkeypatch):
+    """Forces each backend of this machine in turn and gives the device that its tensors belong on.
+
+    Triton has a folder of its own besides, since its interpreter runs a few small shapes only.
+    """
+    backend, _, instruction_set = request.param.partition("-")
+    device = torch.device("cuda" if GPU and backend != "cpu" else "cpu")
+    verdict = backends.can_run(backend, "point_to_region_attention", device, torch.float32)
+    if backend == "cpu" and not verdict.ok:
+        pytest.fail(f"the CPU library must be there for the tests: {verdict.reason}")
+    if not verdict.ok:
+        pytest.skip(verdict.reason)
+    if instruction_set == "baseline":
+        monkeypatch.setenv("LLAVA_ST_CPU_ISA", "baseline")
+    with use_backend(backend):
+        yield device
+
+
+@pytest.fixture
+def poisoned_results():
+    """Memory that torch allocates uninitialised holds NaN, so that entries nobody wrote show."""
+    torch.use_deterministic_algorithms(True)
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fills
+    torch.use_deterministic_algorithms(False)

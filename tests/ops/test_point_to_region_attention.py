@@ -1,0 +1,224 @@
+"""Results of point_to_region_attention and its gradients, on every backend, dtype and layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llava_st_ops import point_to_region_attention, reference, use_backend
+from tests.attention_cases import (
+    CASES,
+    EMPTY_CASES,
+    Case,
+    assert_matches_reference,
+    dense_reference,
+    gradients,
+)
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+pytestmark = pytest.mark.usefixtures("poisoned_results")
+
+
+def check(case: Case, inputs, scale=None):
+    assert_matches_reference(
+        lambda q, k, v: point_to_region_attention(q, k, v, case.region, scale),
+        dense_reference(case.region, scale),
+        inputs,
+    )
+
+
+def naive(query, key, value, region, scale):
+    """One query at a time, by the definition: an oracle that shares nothing with the reference."""
+    output = torch.zeros_like(query)
+    for b, t, h, w, head in torch.cartesian_prod(*(torch.arange(size) for size in query.shape[:5])).tolist():
+        block = [slice(i * step, (i + 1) * step) for i, step in zip((t, h, w), region, strict=True)]
+        keys = key[b][tuple(block)][..., head, :].flatten(0, 2)
+        values = value[b][tuple(block)][..., head, :].flatten(0, 2)
+        output[b, t, h, w, head] = torch.softmax(keys @ query[b, t, h, w, head] * scale, 0) @ values
+    return output
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_reference_is_the_definition(case):
+    query, key, value = case.inputs(torch.float64)
+    expected = naive(query, key, value, case.region, 0.3)
+    torch.testing.assert_close(
+        reference.point_to_region_attention(query, key, value, case.region, 0.3), expected, rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_reference_backward_is_the_derivative(case):
+    inputs = case.inputs(torch.float64)
+    grad_output = torch.randn_like(inputs[0])
+    _, expected = gradients(dense_reference(case.region), inputs, grad_output)
+    actual = reference.point_to_region_attention_backward(grad_output, *inputs, case.region)
+    torch.testing.assert_close(list(actual), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_reference(on_backend, case, dtype):
+    if dtype == torch.float64 and on_backend.type == "cuda":
+        pytest.skip("float64 takes the reference on CUDA")
+    check(case, case.inputs(dtype, on_backend))
+
+
+@pytest.mark.parametrize("case", EMPTY_CASES, ids=str)
+def test_empty(on_backend, case):
+    inputs = case.inputs(torch.float32, on_backend)
+    output, grads = gradients(
+        lambda q, k, v: point_to_region_attention(q, k, v, case.region), inputs, torch.empty_like(inputs[0])
+    )
+    assert output.shape == inputs[0].shape
+    assert [g.shape for g in grads] == [x.shape for x in inputs]
+
+
+def test_scale(on_backend):
+    case = CASES[3]
+    check(case, case.inputs(torch.float32, on_backend), scale=-0.7)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_shape(data):
+    sizes = st.integers(1, 5)
+    case = Case(
+        data.draw(st.integers(0, 2), "batch"),
+        data.draw(st.tuples(sizes, sizes, sizes), "grid"),
+        data.draw(st.tuples(sizes, sizes, sizes), "region"),
+        data.draw(st.integers(1, 4), "heads"),
+        data.draw(st.sampled_from([1, 2, 5, 8, 12, 33, 64]), "dim"),
+    )
+    dtype = data.draw(st.sampled_from(DTYPES), "dtype")
+    inputs = []
+    for tensor in case.inputs(dtype, seed=data.draw(st.integers(0, 9), "seed")):
+        layout = data.draw(st.sampled_from(["contiguous", "permuted", "sliced", "spread", "expanded"]), "layout")
+        inputs.append(strided(tensor, layout))
+    check(case, inputs)
+
+
+def strided(tensor, layout):
+    """The same shape, and but for "expanded" the same values, in memory of another layout."""
+    if layout == "permuted":  # the last dimension is not contiguous
+        return tensor.permute(5, 4, 3, 2, 1, 0).contiguous().permute(5, 4, 3, 2, 1, 0)
+    if layout == "sliced":  # rows of a larger tensor, unaligned
+        wide = torch.zeros(*tensor.shape[:-1], 2 * tensor.shape[-1] + 1, dtype=tensor.dtype, device=tensor.device)
+        wide[..., 1 : 1 + tensor.shape[-1]] = tensor
+        return wide[..., 1 : 1 + tensor.shape[-1]]
+    if layout == "spread":  # every other token of every axis
+        spread = tensor
+        for dim in range(5):
+            spread = spread.repeat_interleave(2, dim)
+        return spread[::2, ::2, ::2, ::2, ::2]
+    if layout == "expanded" and tensor.numel():
+        return tensor[:, :1].expand_as(tensor)
+    return tensor
+
+
+@pytest.mark.parametrize("layout", ["permuted", "sliced", "spread", "expanded"])
+def test_strided(on_backend, layout):
+    case = Case(2, (3, 5, 4), (2, 3, 3), 2, 16)
+    for which in range(3):
+        inputs = case.inputs(torch.float32, on_backend)
+        inputs[which] = strided(inputs[which], layout)
+        check(case, inputs)
+
+
+def test_expanded_gradient(on_backend):
+    """`.sum().backward()` delivers a gradient with strides of zero."""
+    case = CASES[0]
+    inputs = [x.requires_grad_() for x in case.inputs(torch.float32, on_backend)]
+    point_to_region_attention(*inputs, case.region).sum().backward()
+    ones = torch.ones(case.query_shape, device=on_backend)
+    _, expected = gradients(dense_reference(case.region), inputs, ones)
+    torch.testing.assert_close([x.grad for x in inputs], expected)
+
+
+def test_offsets_beyond_32_bits(on_backend):
+    """Strides of more than 2^31 elements; only the pages that are touched take memory."""
+    case = Case(2, (1, 3, 3), (1, 3, 3), 2, 64)
+    query, key, value = case.inputs(torch.bfloat16, on_backend)
+    far = 2**31 + 8
+    try:
+        memory = torch.empty(far + key[0].numel(), dtype=key.dtype, device=on_backend)
+    except RuntimeError as error:
+        pytest.skip(f"no address space: {error}")
+    apart = memory.as_strided(key.shape, (far, *key.stride()[1:]))
+    with torch.no_grad():
+        apart.copy_(key)
+    output = point_to_region_attention(query, apart, value, case.region)
+    assert torch.equal(output, point_to_region_attention(query, key, value, case.region))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_values_that_are_not_finite(on_backend, bad, which):
+    case = Case(1, (1, 6, 3), (1, 3, 3), 2, 16)
+    inputs = case.inputs(torch.float32, on_backend)
+    inputs[which][0, 0, 0, 0, 1, 3] = bad
+    expected = reference.point_to_region_attention(*inputs, case.region)
+    output = point_to_region_attention(*inputs, case.region)
+    assert torch.equal(output.isnan(), expected.isnan())
+    assert torch.equal(output.isinf(), expected.isinf())
+    assert torch.isfinite(output[0, 0, 1]).all(), "a region without the bad value is not touched by it"
+
+
+def test_extreme_scores_do_not_overflow(on_backend):
+    case = Case(1, (1, 3, 3), (1, 3, 3), 1, 8)
+    query, key, value = case.inputs(torch.float32, on_backend)
+    output = point_to_region_attention(query * 1e4, key * 1e4, value, case.region)
+    assert torch.isfinite(output).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_bits_in_every_run_and_with_any_number_of_threads(on_backend, dtype):
+    case = Case(1, (6, 9, 9), (1, 3, 3), 4, 32)
+    inputs = case.inputs(dtype, on_backend)
+    grad_output = torch.randn(case.query_shape, device=on_backend).to(dtype)
+
+    def run():
+        output, grads = gradients(lambda q, k, v: point_to_region_attention(q, k, v, case.region), inputs, grad_output)
+        return [output, *grads]
+
+    first = run()
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3, threads):
+            torch.set_num_threads(count)
+            assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
+def test_gradients_of_some_inputs_only(on_backend, wanted):
+    case = CASES[3]
+    inputs = case.inputs(torch.float32, on_backend)
+    grad_output = torch.randn(case.query_shape, device=on_backend)
+    _, expected = gradients(dense_reference(case.region), inputs, grad_output)
+    leaves = [x.requires_grad_(i in wanted) for i, x in enumerate(inputs)]
+    point_to_region_attention(*leaves, case.region).backward(grad_output)
+    for i, leaf in enumerate(leaves):
+        if i in wanted:
+            torch.testing.assert_close(leaf.grad, expected[i])
+        else:
+            assert leaf.grad is None
+
+
+def test_few_queries_and_many_heads_are_cut_by_head():
+    """One region and 16 heads: the CPU kernel shares out heads; nothing may be lost between the shares."""
+    case = Case(1, (2, 3, 3), (2, 3, 3), 13, 16)
+    with use_backend("cpu"):
+        check(case, case.inputs(torch.float32))
+
+
+def test_huge_pages_can_be_turned_off(monkeypatch):
+    case = Case(1, (8, 27, 27), (1, 3, 3), 8, 64)
+    inputs = case.inputs(torch.float32)
+    with use_backend("cpu"):
+        on = point_to_region_attention(*inputs, case.region)
+        monkeypatch.setenv("LLAVA_ST_HUGE_PAGES", "0")
+        assert torch.equal(on, point_to_region_attention(*inputs, case.region))
