@@ -67,7 +67,7 @@ def builds_native() -> bool:
     if torch_folder() is None:
         return False
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
-    problem = compiles(compiler.split() + ["-std=gnu++17"], ".cpp", "#include <optional>\nstd::optional<int> probe;\n")
+    problem = compiles([*compiler.split(), "-std=gnu++17"], ".cpp", "#include <optional>\nstd::optional<int> probe;\n")
     if problem is not None:
         notice(f"the C++ compiler {compiler} does not compile C++17, so no native libraries: {problem}")
         return False
@@ -118,11 +118,15 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         folder = self._folder()
         folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / "csrc" / "schemas.txt", folder / "schemas.txt")
+        if builds_native():
+            build = self._build(folder)
         for stale in folder.glob("*.so"):
             stale.unlink()
-        shutil.copyfile(ROOT / "csrc" / "schemas.txt", folder / "schemas.txt")
-        if not builds_native():
-            return
+        if builds_native():
+            subprocess.run(["cmake", "--install", str(build), "--strip"], check=True)
+
+    def _build(self, folder: Path) -> Path:
         build = Path(self.build_temp).absolute() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         configure = [
@@ -140,7 +144,7 @@ class CMakeBuild(build_ext):
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         subprocess.run([*configure, "-S", str(ROOT), "-B", str(build)], check=True)
         subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
-        subprocess.run(["cmake", "--install", str(build), "--strip"], check=True)
+        return build
 
     def get_outputs(self) -> list[str]:
         return [str(path) for path in self._folder().glob("*")]

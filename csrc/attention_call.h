@@ -90,8 +90,7 @@ inline PackedCall check_packed(const char* op, const Tensor& query, const Tensor
   check_head_dim(op, call.head_dim);
   call.scale = check_scale(op, scale, call.head_dim);
 
-  const bool integral =
-      grid_thw.scalar_type() == ScalarType::Int || grid_thw.scalar_type() == ScalarType::Long;
+  const bool integral = grid_thw.scalar_type() == ScalarType::Int || grid_thw.scalar_type() == ScalarType::Long;
   LLAVA_ST_CHECK(integral, op, ": grid_thw must be int32 or int64, got ", to_text(grid_thw.scalar_type()));
   LLAVA_ST_CHECK(grid_thw.dim() == 2 && grid_thw.size(1) == 3, op,
                  ": grid_thw must have shape [videos, 3] (time, height, width), got ", to_text(grid_thw.sizes()));

@@ -52,8 +52,8 @@ def _cpu_verdict(device: torch.device, dtype: torch.dtype) -> Verdict:
 
 
 def covers(architectures: str, capability: tuple[int, int]) -> bool:
-    """Whether code for `architectures`, such as `80-real;90a-real;80-virtual`, runs on a device of that capability."""
-    for architecture in architectures.replace(",", ";").split(";"):
+    """Whether code for `architectures`, such as `80-real,90a-real,80-virtual`, runs on a device of that capability."""
+    for architecture in architectures.split(","):
         number, _, kind = architecture.strip().partition("-")
         if not number:
             continue
@@ -120,7 +120,7 @@ _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("llava_st_o
 _forced_for_compiled: str | None = None
 
 
-class use_backend:
+class use_backend:  # noqa: N801 - a context manager, named as torch.no_grad is
     """Forces a backend: `with use_backend("reference"): ...`. An op that it cannot run raises `BackendError`.
 
     The choice is local to the thread and the asyncio task. Code under `torch.compile` sees the latest choice of the

@@ -11,6 +11,14 @@ def test_accepts_twice_the_reference_error():
     assert_accurate(torch.tensor([1.0, 2.0019]), exact, torch.tensor([1.0, 2.001]))
 
 
+def test_accepts_one_rounding_where_the_reference_is_exact():
+    exact = torch.tensor([0.25, 1.0], dtype=torch.float64)
+    step = torch.finfo(torch.float32).eps
+    assert_accurate(torch.tensor([0.25 + step, 1.0]), exact, exact.float())
+    with pytest.raises(AssertionError, match=r"at \(0,\)"):
+        assert_accurate(torch.tensor([0.25 + 2 * step, 1.0]), exact, exact.float())
+
+
 def test_rejects_more_and_names_the_first_entry():
     exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
     with pytest.raises(AssertionError, match=r"at \(1,\)"):

@@ -109,10 +109,10 @@ Gradients run_backward(const char* op, const AttentionProblem& problem, const st
   if (grad_query.numel() == 0) return {grad_query, grad_key, grad_value};
   const Tensor g = with_contiguous_rows(grad_output);
   const Tensor q = with_contiguous_rows(query), k = with_contiguous_rows(key), v = with_contiguous_rows(value);
-  const bool done = kernel(problem,
-                           {operand(g), operand(q), operand(k), operand(v), operand(grad_query), operand(grad_key),
-                            operand(grad_value)},
-                           torch_loop());
+  const bool done = kernel(
+      problem,
+      {operand(g), operand(q), operand(k), operand(v), operand(grad_query), operand(grad_key), operand(grad_value)},
+      torch_loop());
   LLAVA_ST_CHECK(done, op, ": out of memory allocating scratch memory for regions of ", problem.largest_region,
                  " tokens on cpu");
   return {grad_query, grad_key, grad_value};

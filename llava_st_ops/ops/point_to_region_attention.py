@@ -123,41 +123,42 @@ def _transformed(*tensors: Tensor) -> bool:
     return False
 
 
-# Fakes --------------------------------------------------------------------------------------------------------------
+# Checks and fakes ---------------------------------------------------------------------------------------------------
 
 
-def _fake(query: Tensor, key: Tensor, value: Tensor, region: Sequence[int], scale: float | None = None) -> Tensor:
-    checks.check_attention_inputs(_DENSE, query, key, value, region)
-    return query.new_empty(query.shape)
+def _with_scale(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The dispatcher leaves out arguments that equal their default: `scale` comes last and may be missing."""
+    return (*arguments, None) if isinstance(arguments[-1], (list, tuple)) else arguments
 
 
-def _fake_backward(
-    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, region: Sequence[int], scale: float | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    checks.check_attention_inputs(f"{_DENSE}_backward", query, key, value, region)
-    checks.check_grad_output(f"{_DENSE}_backward", grad_output, query)
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+def _split(op: str, arguments: tuple[Any, ...]) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Any]:
+    """grad_output, query, key, value, grid_thw and region of a call of any of the ops."""
+    *tensors, region, _ = _with_scale(arguments)
+    grad_output = tensors.pop(0) if op.endswith("_backward") else None
+    query, key, value, *grid_thw = tensors
+    return grad_output, query, key, value, grid_thw[0] if grid_thw else None, region
 
 
-def _fake_packed(
-    query: Tensor, key: Tensor, value: Tensor, grid_thw: Tensor, region: Sequence[int], scale: float | None = None
-) -> Tensor:
-    checks.check_packed_attention_inputs(_PACKED, query, key, value, grid_thw, region)
-    return query.new_empty(query.shape)
+def _check(op: str, arguments: tuple[Any, ...]) -> None:
+    """Checks the arguments of any of the ops, but for what only the contents of `grid_thw` tell."""
+    grad_output, query, key, value, grid_thw, region = _split(op, arguments)
+    if grid_thw is None:
+        checks.check_attention_inputs(op, query, key, value, region)
+    else:
+        checks.check_packed_attention_inputs(op, query, key, value, grid_thw, region)
+    if grad_output is not None:
+        checks.check_grad_output(op, grad_output, query)
 
 
-def _fake_packed_backward(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grid_thw: Tensor,
-    region: Sequence[int],
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    checks.check_packed_attention_inputs(f"{_PACKED}_backward", query, key, value, grid_thw, region)
-    checks.check_grad_output(f"{_PACKED}_backward", grad_output, query)
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+def _fake_of(op: str) -> Callable[..., Any]:
+    def fake(*arguments: Any) -> Any:
+        _check(op, arguments)
+        grad_output, query, key, value, *_ = _split(op, arguments)
+        if grad_output is None:
+            return query.new_empty(query.shape)
+        return tuple(x.new_empty(x.shape) for x in (query, key, value))
+
+    return fake
 
 
 # vmap ---------------------------------------------------------------------------------------------------------------
@@ -201,54 +202,40 @@ def _register(namespace: str, registry: torch.library.Library) -> None:
         register_autocast(registry, forward_op, tensors=3)
         for op in (forward_op, backward_op):
             torch.library.register_vmap(op, _vmap_rule(op, fold), lib=registry)
-    for name, fake in (
-        (_DENSE, _fake),
-        (f"{_DENSE}_backward", _fake_backward),
-        (_PACKED, _fake_packed),
-        (f"{_PACKED}_backward", _fake_packed_backward),
-    ):
-        torch.library.register_fake(f"{namespace}::{name}", fake, lib=registry)
+    for name in _PYTHON_KERNELS:
+        torch.library.register_fake(f"{namespace}::{name}", _fake_of(name), lib=registry)
 
 
-def _triton_kernel(name: str) -> Callable[..., Any]:
+def _python_kernel(op: str, backend: str | None) -> Callable[..., Any]:
+    """A kernel for `op` that is written in Python: Triton's or the reference's, by default the better that can run."""
+    triton_name, plain = _PYTHON_KERNELS[op]
+
     def kernel(*arguments: Any) -> Any:
-        from .. import triton  # Triton is imported when a kernel of it is first wanted
+        _check(op, arguments)
+        _, query, key, _, grid_thw, region = _split(op, arguments)
+        if grid_thw is not None and grid_thw.device.type == "cpu":
+            checks.check_grids_add_up(op, grid_thw, key.shape[0], query.shape[0], region)
+        if backend == "triton" or (query.is_cuda and backends.can_run("triton", op, query.device, query.dtype).ok):
+            from .. import triton  # imports Triton when a kernel of it is first wanted
 
-        return getattr(triton, name)(*_fill_scale(arguments))
+            return getattr(triton, triton_name)(*_with_scale(arguments))
+        return plain(*_with_scale(arguments))
 
     return kernel
 
 
-def _fill_scale(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The dispatcher leaves out arguments that equal their default: `scale` comes last and may be missing."""
-    return arguments if not isinstance(arguments[-1], (list, tuple)) else (*arguments, None)
-
-
-def _fallback_kernel(name: str, plain: Callable[..., Any], device_type: str) -> Callable[..., Any]:
-    """What a raw op does on a device that has no native kernel: the best of what can run, in Python."""
-    through_triton = _triton_kernel(_TRITON_NAMES[name])
-
-    def kernel(*arguments: Any) -> Any:
-        query = next(a for a in arguments if isinstance(a, Tensor))
-        if device_type == "cuda" and backends.can_run("triton", name, query.device, query.dtype).ok:
-            return through_triton(*arguments)
-        return plain(*arguments)
-
-    return kernel
-
-
-_TRITON_NAMES = {
-    _DENSE: "forward",
-    f"{_DENSE}_backward": "backward",
-    _PACKED: "packed_forward",
-    f"{_PACKED}_backward": "packed_backward",
+# For each op the function of llava_st_ops.triton, and the reference.
+_PYTHON_KERNELS = {
+    _DENSE: ("forward", reference.point_to_region_attention),
+    f"{_DENSE}_backward": ("backward", reference.point_to_region_attention_backward),
+    _PACKED: ("packed_forward", reference.point_to_region_attention_packed),
+    f"{_PACKED}_backward": ("packed_backward", reference.point_to_region_attention_packed_backward),
 }
 
 _register(library.NAMESPACE, library.OPS)
 _register(_TRITON_NAMESPACE, _TRITON_OPS)
-for _name, _function in _TRITON_NAMES.items():
-    for _key in ("CPU", "CUDA"):  # on the CPU it is Triton's interpreter
-        _TRITON_OPS.impl(_name, _triton_kernel(_function), _key)
+for _op in _PYTHON_KERNELS:
     for _key, _native in (("CPU", library.CPU), ("CUDA", library.CUDA)):
+        _TRITON_OPS.impl(_op, _python_kernel(_op, "triton"), _key)  # on the CPU it is Triton's interpreter
         if not _native.loaded:
-            library.OPS.impl(_name, _fallback_kernel(_name, getattr(reference, _name), _key.lower()), _key)
+            library.OPS.impl(_op, _python_kernel(_op, None), _key)
