@@ -1,7 +1,7 @@
 """How results are compared: a kernel may err at most twice as much as the same-dtype reference, plus one rounding.
 
-One rounding is that of the result in its own dtype, and one in float32, in which kernels compute, of a value as large as
-the inputs (about 1): without it a test on a handful of entries, in which the reference happens to be exact, fails by
+One rounding is that of the result in its own dtype, and one in float32, in which kernels compute, of a value as large
+as the inputs (about 1): without it a test on a handful of entries, in which the reference happens to be exact, fails by
 chance.
 """
 

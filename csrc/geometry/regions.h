@@ -38,14 +38,19 @@ struct Region {
   Extent at;
 };
 
-/// Region number `index` of a grid, counted in row-major order.
-LLAVA_ST_HOST_DEVICE Region region_at(Extent grid, Extent region, int64_t index) {
-  const Extent regions = regions_of(grid, region);
-  const Extent at = {index / regions.w / regions.h, index / regions.w % regions.h, index % regions.w};
+/// The region at the place `at` among the regions of a grid.
+LLAVA_ST_HOST_DEVICE Region region_at(Extent grid, Extent region, Extent at) {
   const Extent first = {at.t * region.t, at.h * region.h, at.w * region.w};
   const Extent size = {smaller(region.t, grid.t - first.t), smaller(region.h, grid.h - first.h),
                        smaller(region.w, grid.w - first.w)};
   return {first, size, at};
+}
+
+/// Region number `index` of a grid, counted in row-major order.
+LLAVA_ST_HOST_DEVICE Region region_at(Extent grid, Extent region, int64_t index) {
+  const Extent regions = regions_of(grid, region);
+  const Extent at = {index / regions.w / regions.h, index / regions.w % regions.h, index % regions.w};
+  return region_at(grid, region, at);
 }
 
 /// Strides, in elements, of a `[sample, T, H, W, heads, D]` tensor whose last dimension is contiguous.
@@ -66,19 +71,30 @@ struct PackedOffset {
   int64_t key, query;
 };
 
-/// The video that packed query number `query` belongs to: the last one that begins at or before it and is not empty.
-/// `offsets` has `videos + 1` entries and `query < offsets[videos].query`.
-LLAVA_ST_HOST_DEVICE int64_t video_of_query(const PackedOffset* offsets, int64_t videos, int64_t query) {
+/// The video that position `at` on the packed axis of `which` belongs to: the last one that begins at or before it and
+/// is not empty. `offsets` has `videos + 1` entries and `at` is less than the last.
+template <int64_t PackedOffset::* which>
+LLAVA_ST_HOST_DEVICE int64_t video_of(const PackedOffset* offsets, int64_t videos, int64_t at) {
   int64_t low = 0, high = videos;  // the answer lies in [low, high)
   while (high - low > 1) {
     const int64_t middle = low + (high - low) / 2;
-    if (offsets[middle].query <= query) {
+    if (offsets[middle].*which <= at) {
       low = middle;
     } else {
       high = middle;
     }
   }
   return low;
+}
+
+/// The video that packed query number `query` belongs to.
+LLAVA_ST_HOST_DEVICE int64_t video_of_query(const PackedOffset* offsets, int64_t videos, int64_t query) {
+  return video_of<&PackedOffset::query>(offsets, videos, query);
+}
+
+/// The video that packed token number `key` belongs to.
+LLAVA_ST_HOST_DEVICE int64_t video_of_key(const PackedOffset* offsets, int64_t videos, int64_t key) {
+  return video_of<&PackedOffset::key>(offsets, videos, key);
 }
 
 }  // namespace llava_st
