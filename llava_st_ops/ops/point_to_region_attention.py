@@ -39,10 +39,10 @@ def point_to_region_attention(
         region: tokens per region along time, height and width.
         scale: factor on the scores; `D ** -0.5` by default.
 
-    All three tensors share dtype (float32, bfloat16 or float16; float64 too on a CPU) and device. They may be strided
-    in any way. Where the last dimension is not contiguous the CPU and CUDA kernels copy the tensor first; where rows are
-    not aligned to 16 bytes the CUDA kernel reads them element by element. `D` is at most 256. Sums are taken in float32,
-    in float64 for float64. The result is the same in every run.
+    All three tensors share device and dtype (float32, bfloat16 or float16; float64 too on a CPU). They may be strided
+    in any way. Where the last dimension is not contiguous the CPU and CUDA kernels copy the tensor first; where rows
+    are not aligned to 16 bytes the CUDA kernel reads them element by element. `D` is at most 256. Sums are taken in
+    float32, in float64 for float64. The result is the same in every run.
 
     Returns:
         `[B, T', H', W', heads, D]`, contiguous, in the dtype of `query`. Differentiable once; for double backward and
