@@ -1,0 +1,163 @@
+// From a problem to launches: which instantiation of a kernel runs, over how many blocks. Knows nothing of torch; the
+// CUDA launchers and the emulated kernels share it.
+#pragma once
+
+#include <algorithm>
+
+#include "backward.cuh"
+#include "forward.cuh"
+#include "packed.cuh"
+
+namespace llava_st::cuda {
+
+/// Strides in elements, where those of dimensions with at most one entry do not count.
+inline TokenStrides strides_that_count(const int64_t* sizes, const int64_t* strides, bool packed) {
+  const auto stride = [&](int dim) { return sizes[dim] > 1 ? strides[dim] : 0; };
+  if (packed) return {0, 0, 0, stride(0), stride(1)};
+  return {stride(0), stride(1), stride(2), stride(3), stride(4)};
+}
+
+inline TokenStrides contiguous_strides(Extent grid, int64_t heads, int64_t head_dim) {
+  const int64_t token = heads * head_dim;
+  return {grid.count() * token, grid.h * grid.w * token, grid.w * token, token, head_dim};
+}
+
+inline Extent clip(Extent region, Extent grid) {
+  return {smaller(region.t, grid.t), smaller(region.h, grid.h), smaller(region.w, grid.w)};
+}
+
+/// Places in a region are counted in 32 bits along each axis.
+inline bool fits_places(Extent region) {
+  constexpr int64_t limit = int64_t{1} << 31;
+  return region.t < limit && region.h < limit && region.w < limit;
+}
+
+inline AttentionProblem dense_problem(int64_t samples, Extent grid, Extent region, int64_t heads, int64_t head_dim,
+                                      double scale) {
+  AttentionProblem problem = {};
+  const Extent regions = regions_of(grid, region);
+  problem.queries = samples * regions.count();
+  problem.heads = heads;
+  problem.by_heads = Divisor(heads);
+  problem.by_regions = Divisor(regions.count());
+  problem.by_regions_h = Divisor(regions.h);
+  problem.by_regions_w = Divisor(regions.w);
+  problem.head_dim = static_cast<int>(head_dim);
+  problem.scale = static_cast<float>(scale);
+  problem.region = clip(region, grid);
+  problem.grid = grid;
+  return problem;
+}
+
+/// Device memory for the offsets and grids of a packed problem, in 64-bit integers.
+inline int64_t packed_scratch_size(int64_t videos) { return 2 * (videos + 1) + 3 * videos; }
+
+/// No video is longer than `longest` along any axis, or has more than `keys` tokens that exist.
+inline AttentionProblem packed_problem(int64_t queries, int64_t keys, int64_t videos, Extent longest, Extent region,
+                                       int64_t heads, int64_t head_dim, double scale, int64_t* scratch) {
+  // A region longer than all videos is as good as one as long as they are, and cannot overflow.
+  const auto shorten = [&](int64_t size, int64_t most) { return smaller(size, std::max<int64_t>(most, 1)); };
+  AttentionProblem problem = {};
+  problem.queries = queries;
+  problem.heads = heads;
+  problem.by_heads = Divisor(heads);
+  problem.head_dim = static_cast<int>(head_dim);
+  problem.scale = static_cast<float>(scale);
+  problem.region = {shorten(region.t, longest.t), shorten(region.h, longest.h), shorten(region.w, longest.w)};
+  problem.offsets = reinterpret_cast<PackedOffset*>(scratch);
+  problem.grids = reinterpret_cast<Extent*>(scratch + 2 * (videos + 1));
+  problem.videos = videos;
+  problem.keys = keys;
+  return problem;
+}
+
+/// Fills the offsets and grids of a packed problem from a contiguous `grid_thw` on the device.
+template <class Integer>
+void locate(const AttentionProblem& problem, const Integer* grid_thw, void* stream) {
+  launch<locate_videos<Integer>>({1, kScanThreads, stream}, grid_thw, problem.videos, problem.region, problem.keys,
+                                 const_cast<PackedOffset*>(problem.offsets), const_cast<Extent*>(problem.grids));
+}
+
+/// No region of the problem has more keys.
+inline int64_t most_keys(const AttentionProblem& problem) {
+  if (!problem.packed()) return problem.region.count();
+  int64_t keys = 1;
+  for (const int64_t size : {problem.region.t, problem.region.h, problem.region.w}) {
+    keys = keys > problem.keys / size ? problem.keys : keys * size;
+  }
+  return keys;
+}
+
+/// Whether all rows can be read in vectors of sixteen bytes.
+template <class T>
+bool aligned(const T* data) {
+  return reinterpret_cast<uintptr_t>(data) % sizeof(Words) == 0;
+}
+
+template <class T>
+bool aligned(const Operand<T>& operand) {
+  const TokenStrides& s = operand.strides;
+  constexpr int64_t elements = sizeof(Words) / sizeof(T);
+  const int64_t rest = (s.sample | s.t | s.h | s.w | s.head) % elements;
+  return rest == 0 && aligned(operand.data);
+}
+
+/// Keys in a chunk: nine, those of LLaVA-ST's spatial regions, or the next multiple of the groups.
+constexpr int chunk_steps(int lanes) { return (9 * lanes + kWarpSize - 1) / kWarpSize; }
+
+/// Calls `visit` with the layout for rows of `head_dim` elements and regions of at most `keys` keys.
+template <class T, class Visit>
+void with_layout(int head_dim, bool vectors, int64_t keys, const Visit& visit) {
+  constexpr int elements = sizeof(Words) / sizeof(T);
+  const auto choose = [&](auto few, auto many) { keys <= few.CHUNK ? visit(few) : visit(many); };
+  if (!vectors || head_dim % elements != 0) {
+    choose(Layout<T, 1, 32, 8, 3, false>{}, Layout<T, 1, 32, 8, 3, true>{});
+  } else if (head_dim <= 8 * elements) {
+    choose(Layout<T, elements, 8, 1, chunk_steps(8), false>{}, Layout<T, elements, 8, 1, chunk_steps(8), true>{});
+  } else if (head_dim <= 16 * elements) {
+    choose(Layout<T, elements, 16, 1, chunk_steps(16), false>{}, Layout<T, elements, 16, 1, chunk_steps(16), true>{});
+  } else if (head_dim <= 32 * elements) {
+    choose(Layout<T, elements, 32, 1, chunk_steps(32), false>{}, Layout<T, elements, 32, 1, chunk_steps(32), true>{});
+  } else if constexpr (elements == 4) {
+    choose(Layout<T, elements, 32, 2, chunk_steps(32), false>{}, Layout<T, elements, 32, 2, chunk_steps(32), true>{});
+  }
+}
+
+inline LaunchShape attention_shape(const AttentionProblem& problem, void* stream, int64_t max_blocks) {
+  const int64_t blocks = ceil_div(problem.queries * problem.heads, kBlockWarps);
+  return {smaller(blocks, max_blocks), kBlockThreads, stream};
+}
+
+/// Launches the forward kernel; an empty problem launches nothing. `max_blocks` is for tests.
+template <class T>
+void launch_forward(const ForwardArguments<T>& arguments, void* stream, int64_t max_blocks = kMaxBlocks) {
+  const AttentionProblem& problem = arguments.problem;
+  const LaunchShape shape = attention_shape(problem, stream, max_blocks);
+  if (shape.blocks == 0 || problem.head_dim == 0) return;
+  const bool vectors =
+      aligned(arguments.query) && aligned(arguments.key) && aligned(arguments.value) && aligned(arguments.output);
+  with_layout<T>(problem.head_dim, vectors, most_keys(problem),
+                 [&](auto layout) { launch<attention_forward<decltype(layout)>>(shape, arguments); });
+}
+
+/// Launches the backward kernels.
+template <class T>
+void launch_backward(const BackwardArguments<T>& arguments, void* stream, int64_t max_blocks = kMaxBlocks) {
+  const AttentionProblem& problem = arguments.problem;
+  if (problem.heads == 0 || problem.head_dim == 0) return;
+  const LaunchShape shape = attention_shape(problem, stream, max_blocks);
+  if (shape.blocks > 0) {
+    const bool vectors = aligned(arguments.grad_output) && aligned(arguments.query) && aligned(arguments.key) &&
+                         aligned(arguments.value) && aligned(arguments.grad_query) && aligned(arguments.grad_key) &&
+                         aligned(arguments.grad_value);
+    with_layout<T>(problem.head_dim, vectors, most_keys(problem),
+                   [&](auto layout) { launch<attention_backward<decltype(layout)>>(shape, arguments); });
+  }
+  if (problem.packed() && problem.keys > 0) {
+    constexpr int64_t enough = 1024;  // usually these blocks find that they have nothing to do
+    launch<zero_keys_without_query<T>>({smaller(problem.keys, enough), kBlockThreads, stream}, problem,
+                                       arguments.grad_key.data, arguments.grad_value.data);
+  }
+}
+
+}  // namespace llava_st::cuda
