@@ -136,6 +136,8 @@ class CMakeBuild(build_ext):
             f"-DLLAVA_ST_TORCH_DIR={torch_folder()}",
             f"-DLLAVA_ST_CUDA={'on' if cuda_version() else 'off'}",
             f"-DCMAKE_INSTALL_PREFIX={folder.absolute()}",
+            # Named anew each time: the one in the cache may be that of an isolated build, and gone.
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja') or 'ninja'}",
         ]
         if cuda_version():
             configure.append(f"-DCMAKE_CUDA_COMPILER={find_nvcc()}")

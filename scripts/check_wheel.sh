@@ -29,14 +29,14 @@ say "isolated build under a constraints file, CPU library only"
 "$python_build" -m venv "$work/isolated"
 echo "$torch_build" > "$work/constraints.txt"
 (cd "$work/source" && LLAVA_ST_CUDA=off PIP_CONSTRAINT="$work/constraints.txt" \
-  "$work/isolated/bin/pip" wheel --quiet --no-deps --wheel-dir "$work/isolated-wheel" .)
+  "$work/isolated/bin/pip" wheel -qq --no-deps --wheel-dir "$work/isolated-wheel" .)
 ls "$work/isolated-wheel"
 
 say "the wheel, with the CUDA library"
 "$python_build" -m venv "$work/build"
-"$work/build/bin/pip" install --quiet "$torch_build" "setuptools>=77" wheel ninja "cmake>=3.24"
+"$work/build/bin/pip" install -qq "$torch_build" "setuptools>=77" wheel ninja "cmake>=3.24"
 (cd "$work/source" && LLAVA_ST_CUDA=on PATH="$work/build/bin:$PATH" \
-  "$work/build/bin/pip" wheel --quiet --no-build-isolation --no-deps --wheel-dir "$work/wheel" .)
+  "$work/build/bin/pip" wheel -qq --no-build-isolation --no-deps --wheel-dir "$work/wheel" .)
 wheel=$(ls "$work"/wheel/*.whl)
 ls -l "$wheel" | awk '{print $5, $9}' | sed "s|$work/wheel/||"
 
@@ -45,8 +45,8 @@ check() {  # interpreter, requirement for torch
   say "$("$python" --version), $torch"
   rm -rf "$env" "$work/tests"
   "$python" -m venv "$env"
-  "$env/bin/pip" install --quiet "$torch" numpy pytest hypothesis safetensors
-  "$env/bin/pip" install --quiet "$wheel"
+  "$env/bin/pip" install -qq "$torch" numpy pytest hypothesis safetensors
+  "$env/bin/pip" install -qq "$wheel"
   # Away from the checkout, so that the installed package is the one under test.
   cp -r tests "$work/tests"
   (

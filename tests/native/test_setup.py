@@ -81,13 +81,10 @@ def test_unknown_setting():
 
 
 def build_wheel(folder, **environment):
-    """Builds a wheel from a copy of the source, so that the checkout stays as it is."""
+    """Builds a wheel from a copy of the source, so that the checkout stays as it is; a second time from the same copy."""
     source = folder / "source"
-    ignore = shutil.ignore_patterns("lib", "__pycache__", "*.so")
-    source.mkdir()
-    for name in PACKAGED:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
-        copy(ROOT / name, source / name, **({"ignore": ignore} if (ROOT / name).is_dir() else {}))
+    if not source.exists():
+        copy_source(source)
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", folder, "."],
         cwd=source,
@@ -99,7 +96,21 @@ def build_wheel(folder, **environment):
     return wheel, zipfile.ZipFile(wheel).namelist()
 
 
+def copy_source(source):
+    ignore = shutil.ignore_patterns("lib", "__pycache__", "*.so")
+    source.mkdir()
+    for name in PACKAGED:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
+        copy(ROOT / name, source / name, **({"ignore": ignore} if (ROOT / name).is_dir() else {}))
+
+
 def test_wheel_with_the_cpu_library(tmp_path):
+    """Built twice: an isolated build leaves the path of a ninja behind that is gone by the next."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "ninja").symlink_to(shutil.which("ninja", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"))
+    build_wheel(tmp_path, PATH=f"{tools}:{os.environ['PATH']}")
+    shutil.rmtree(tools)
     wheel, names = build_wheel(tmp_path)
     _, version, tag = wheel.stem.split("-", 2)
     assert version.endswith("+cpu")
