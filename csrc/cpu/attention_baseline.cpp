@@ -5,7 +5,7 @@
 namespace llava_st::cpu {
 
 const AttentionKernels& baseline_attention_kernels() {
-  static constexpr AttentionKernels kernels = {"baseline", baseline::forward_of, baseline::backward_of};
+  static constexpr AttentionKernels kernels = baseline::attention_kernels("baseline");
   return kernels;
 }
 

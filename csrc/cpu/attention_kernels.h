@@ -266,30 +266,11 @@ bool backward(const AttentionProblem& problem, const cpu::BackwardOperands& oper
   return aligned ? backward_with<true, T>(problem, operands, loop) : backward_with<false, T>(problem, operands, loop);
 }
 
-inline cpu::Forward forward_of(cpu::Element element) {
-  switch (element) {
-    case cpu::Element::kFloat:
-      return forward<float>;
-    case cpu::Element::kDouble:
-      return forward<double>;
-    case cpu::Element::kBFloat16:
-      return forward<BFloat16>;
-    default:
-      return forward<Float16>;
-  }
-}
-
-inline cpu::Backward backward_of(cpu::Element element) {
-  switch (element) {
-    case cpu::Element::kFloat:
-      return backward<float>;
-    case cpu::Element::kDouble:
-      return backward<double>;
-    case cpu::Element::kBFloat16:
-      return backward<BFloat16>;
-    default:
-      return backward<Float16>;
-  }
+/// The kernels of this instruction set, in the order of cpu::Element.
+constexpr cpu::AttentionKernels attention_kernels(const char* instruction_set) {
+  return {instruction_set,
+          {forward<float>, forward<double>, forward<BFloat16>, forward<Float16>},
+          {backward<float>, backward<double>, backward<BFloat16>, backward<Float16>}};
 }
 
 }  // namespace llava_st::LLAVA_ST_ISA

@@ -51,13 +51,13 @@ struct ParallelLoop {
 using Forward = bool (*)(const AttentionProblem&, const ForwardOperands&, const ParallelLoop&);
 using Backward = bool (*)(const AttentionProblem&, const BackwardOperands&, const ParallelLoop&);
 
-enum class Element { kFloat, kDouble, kBFloat16, kFloat16 };
+enum Element { kFloat, kDouble, kBFloat16, kFloat16, kElements };
 
-/// The kernels of one instruction set.
+/// The kernels of one instruction set, by Element.
 struct AttentionKernels {
   const char* instruction_set;
-  Forward (*forward)(Element);
-  Backward (*backward)(Element);
+  Forward forward[kElements];
+  Backward backward[kElements];
 };
 
 const AttentionKernels& baseline_attention_kernels();

@@ -25,13 +25,13 @@ cpu::ParallelLoop torch_loop() {
 cpu::Element element_of(const char* op, const Tensor& query) {
   switch (query.scalar_type()) {
     case ScalarType::Float:
-      return cpu::Element::kFloat;
+      return cpu::kFloat;
     case ScalarType::Double:
-      return cpu::Element::kDouble;
+      return cpu::kDouble;
     case ScalarType::BFloat16:
-      return cpu::Element::kBFloat16;
+      return cpu::kBFloat16;
     case ScalarType::Half:
-      return cpu::Element::kFloat16;
+      return cpu::kFloat16;
     default:
       fail(op, ": query must be float64, float32, bfloat16 or float16, got ", to_text(query.scalar_type()));
   }
@@ -88,7 +88,7 @@ AttentionProblem problem_of(const PackedCall& call, const PackedGrids& packed) {
 
 Tensor run_forward(const char* op, const AttentionProblem& problem, const std::vector<int64_t>& query_shape,
                    const Tensor& query, const Tensor& key, const Tensor& value) {
-  const cpu::Forward kernel = cpu::attention_kernels().forward(element_of(op, query));
+  const cpu::Forward kernel = cpu::attention_kernels().forward[element_of(op, query)];
   Tensor output = allocate_result(op, "the output", query_shape, query);
   if (output.numel() == 0) return output;
   const Tensor q = with_contiguous_rows(query), k = with_contiguous_rows(key), v = with_contiguous_rows(value);
@@ -100,7 +100,7 @@ Tensor run_forward(const char* op, const AttentionProblem& problem, const std::v
 
 Gradients run_backward(const char* op, const AttentionProblem& problem, const std::vector<int64_t>& query_shape,
                        const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value) {
-  const cpu::Backward kernel = cpu::attention_kernels().backward(element_of(op, query));
+  const cpu::Backward kernel = cpu::attention_kernels().backward[element_of(op, query)];
   check_same_kind(op, {"grad_output", grad_output}, {"query", query});
   check_shape(op, {"grad_output", grad_output}, query_shape);
   Tensor grad_query = allocate_gradient(op, "the gradient of query", query);
