@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import record as records
+from .environment import HUGE_PAGE_VARIABLE
 from .record import ALLOCATORS, Measurement, Record
 
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
@@ -134,6 +135,9 @@ def _bytes_counted(record: Record) -> dict[str, str]:
     return {case["mode"]: case["bytes_counted"] for case in record["cases"] if "bytes_counted" in case}
 
 
+_SHORT_TABLE_FRAMES = 40
+
+
 def _short_row(record: Record, case: dict[str, Any], allocator: str) -> list[str] | None:
     found = records.measurements(record, case["name"], allocator)
     ours, baseline = records.fastest(found, "ours"), records.named(found, case["baseline"])
@@ -160,22 +164,25 @@ def _short_row(record: Record, case: dict[str, Any], allocator: str) -> list[str
 
 
 def markdown(record: Record, name: str) -> str:
-    """One line per case and allocator setting. `name` is the record's file."""
+    """One line per case and allocator setting; short clips are left to the record. `name` is the record's file."""
     environment = record["environment"]
     versions = environment["versions"]
     header = ["case", "allocator", "ours, ms", "eager as published, ms", "fastest other, ms", "floor, ms"]
     header += ["x eager", "x fastest other", "of floor", "error / reference's"]
-    rows = [_short_row(record, case, a) for a in _allocators(record) for case in record["cases"]]
+    cases = [case for case in record["cases"] if case.get("frames", _SHORT_TABLE_FRAMES) >= _SHORT_TABLE_FRAMES]
+    rows = [_short_row(record, case, allocator) for case in cases for allocator in _allocators(record)]
     lines = [
         f"**{environment['device']}**, {environment['cpu']['torch_threads']} CPU threads, load average at the start "
         f"{_number(environment['cpu']['load_average_1min'], '{:.1f}')}, torch {versions['torch']}, "
         f"llava_st_ops {versions['llava_st_ops']}, commit {environment['commit'][:12]}, {environment['date'][:10]}. "
-        f"Medians; record: `benchmarks/results/{name}`.",
+        f"Medians; record, with spread and all cases: `benchmarks/results/{name}`.",
         "",
         f"| {' | '.join(header)} |",
         f"|{'|'.join(['---'] * 2 + ['---:'] * (len(header) - 2))}|",
         *(f"| {' | '.join(row)} |" for row in rows if row is not None),
     ]
+    if "huge pages" in _allocators(record):
+        lines += ["", f"Allocator `huge pages`: torch run with {HUGE_PAGE_VARIABLE}=1, for all implementations alike."]
     return "\n".join(lines)
 
 

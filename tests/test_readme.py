@@ -1,8 +1,10 @@
-"""The Python blocks of the README run, in order, as a newcomer would paste them."""
+"""The README: its Python blocks run in order, as a newcomer would paste them; its figures are those of a record."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 README = Path(__file__).parents[1] / "README.md"
@@ -17,3 +19,11 @@ def test_code_blocks_run():
     assert names["output"].shape == (1, 8, 9, 9, 8, 128)
     assert names["slow"].shape == (1, 2, 9, 9, 64)
     assert names["fast"].shape == (1, 10, 3, 3, 64)
+
+
+def test_the_measured_table_is_that_of_its_record():
+    root = README.parent
+    (record,) = set(re.findall(r"`(benchmarks/results/\S+\.json)`", README.read_text()))
+    command = [sys.executable, "-m", "benchmarks.report", root / record, "--readme", README, "--check"]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

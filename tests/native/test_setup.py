@@ -81,7 +81,7 @@ def test_unknown_setting():
 
 
 def build_wheel(folder, **environment):
-    """Builds a wheel from a copy of the source, so that the checkout stays as it is; a second time from the same copy."""
+    """Builds a wheel from a copy of the source, so that the checkout stays as it is; later ones from the same copy."""
     source = folder / "source"
     if not source.exists():
         copy_source(source)
