@@ -33,7 +33,7 @@ bench: env
 
 # The CUDA library, for all architectures, into the checkout. Needs nvcc, not a GPU.
 cuda: env
-	PATH="$(CURDIR)/$(BIN):$$PATH" LLAVA_ST_CUDA=on $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	LLAVA_ST_CUDA=on $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 
 lint: env
 	$(BIN)/ruff check .

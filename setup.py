@@ -58,6 +58,11 @@ def compiles(compiler: list[str], suffix: str, source: str) -> str | None:
         return None if run.returncode == 0 else run.stderr.strip()[-800:] or f"exit status {run.returncode}"
 
 
+def find_tool(name: str) -> str | None:
+    """A build tool: on the path, or beside this Python, whose environment need not be activated."""
+    return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+
+
 @functools.cache
 def builds_native() -> bool:
     """Whether there is what the native libraries need; says what is missing."""
@@ -71,6 +76,10 @@ def builds_native() -> bool:
     if problem is not None:
         notice(f"the C++ compiler {compiler} does not compile C++17, so no native libraries: {problem}")
         return False
+    for tool in ("cmake", "ninja"):
+        if find_tool(tool) is None:
+            notice(f"{tool} was not found, so no native libraries; `pip install {tool}` provides it")
+            return False
     return True
 
 
@@ -124,20 +133,21 @@ class CMakeBuild(build_ext):
         for stale in folder.glob("*.so"):
             stale.unlink()
         if builds_native():
-            subprocess.run(["cmake", "--install", str(build), "--strip"], check=True)
+            subprocess.run([find_tool("cmake"), "--install", str(build), "--strip"], check=True)
 
     def _build(self, folder: Path) -> Path:
         build = Path(self.build_temp).absolute() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         configure = [
-            "cmake",
+            find_tool("cmake"),
             "-G",
             "Ninja",
             f"-DLLAVA_ST_TORCH_DIR={torch_folder()}",
             f"-DLLAVA_ST_CUDA={'on' if cuda_version() else 'off'}",
             f"-DCMAKE_INSTALL_PREFIX={folder.absolute()}",
             # Named anew each time: the one in the cache may be that of an isolated build, and gone.
-            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja') or 'ninja'}",
+            f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
+            "-ULLAVA_ST_CUDA_ARCHS",  # nor is a choice of an earlier build one of this
         ]
         if cuda_version():
             configure.append(f"-DCMAKE_CUDA_COMPILER={find_nvcc()}")
@@ -145,7 +155,7 @@ class CMakeBuild(build_ext):
                 configure.append(f"-DLLAVA_ST_CUDA_ARCHS={architectures}")
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         subprocess.run([*configure, "-S", str(ROOT), "-B", str(build)], check=True)
-        subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
+        subprocess.run([find_tool("cmake"), "--build", str(build), "--parallel", jobs], check=True)
         return build
 
     def get_outputs(self) -> list[str]:

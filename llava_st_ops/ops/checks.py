@@ -7,6 +7,7 @@ and what came.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,7 @@ MAX_HEAD_DIM = 256
 
 def check_region(op: str, region: Sequence[int]) -> None:
     valid = isinstance(region, (tuple, list, torch.Size)) and len(region) == 3
-    if not valid or not all(isinstance(size, (int, torch.SymInt)) and size > 0 for size in region):
+    if not valid or not all(isinstance(size, (numbers.Integral, torch.SymInt)) and size > 0 for size in region):
         raise ValueError(f"{op}: region must be three positive sizes (time, height, width), got {region!r}")
 
 
@@ -43,9 +44,13 @@ def check_same_kind(op: str, name: str, tensor: Tensor, model_name: str, model: 
 def check_scale(op: str, scale: float | None) -> float | None:
     if scale is None:
         return None
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    try:
+        number = float(scale) if isinstance(scale, numbers.Real) else math.nan
+    except OverflowError:  # an integer that no float holds
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError(f"{op}: scale must be a finite number or None, got {scale!r}")
-    return float(scale)
+    return number
 
 
 def check_grad_output(op: str, grad_output: Tensor, query: Tensor) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from .. import backends, library, reference
 from . import checks
-from .registration import has_tangent, register_autocast, register_autograd
+from .registration import autocast, has_tangent, register_autocast, register_autograd
 
 _DENSE = "point_to_region_attention"
 _PACKED = "point_to_region_attention_packed"
@@ -39,7 +40,8 @@ def point_to_region_attention(
         region: tokens per region along time, height and width.
         scale: factor on the scores; `D ** -0.5` by default.
 
-    All three tensors share device and dtype (float32, bfloat16 or float16; float64 too on a CPU). They may be strided
+    All three tensors share device and dtype (float32, bfloat16 or float16; float64 too on a CPU); under autocast they
+    are cast to its dtype. They may be strided
     in any way. Where the last dimension is not contiguous the CPU and CUDA kernels copy the tensor first; where rows
     are not aligned to 16 bytes the CUDA kernel reads them element by element. `D` is at most 256. Sums are taken in
     float32, in float64 for float64. The result is the same in every run.
@@ -57,6 +59,7 @@ def point_to_region_attention(
 
     Source: LLaVA-ST (arXiv:2501.08282), Spatial-Temporal Packer; the scheme is TokenPacker's (arXiv:2407.02392).
     """
+    query, key, value = autocast(query, key, value)
     checks.check_attention_inputs(_DENSE, query, key, value, region)
     scale = checks.check_scale(_DENSE, scale)
     return _run(_DENSE, (query, key, value), (list(region), scale), reference.point_to_region_attention)
@@ -81,9 +84,10 @@ def point_to_region_attention_packed(
     Returns:
         Like `query`. Everything else is as in `point_to_region_attention`.
     """
+    query, key, value = autocast(query, key, value)
     checks.check_packed_attention_inputs(_PACKED, query, key, value, grid_thw, region)
     scale = checks.check_scale(_PACKED, scale)
-    if grid_thw.device.type == "cpu" and not torch.compiler.is_compiling():
+    if grid_thw.device.type == "cpu" and not torch.compiler.is_compiling() and not is_fake(grid_thw):
         checks.check_grids_add_up(_PACKED, grid_thw, key.shape[0], query.shape[0], region)
     others = (grid_thw, list(region), scale)
     return _run(_PACKED, (query, key, value), others, reference.point_to_region_attention_packed)
@@ -92,13 +96,14 @@ def point_to_region_attention_packed(
 def _run(op: str, tensors: tuple[Tensor, ...], others: tuple[Any, ...], plain: Callable[..., Tensor]) -> Tensor:
     if not torch.compiler.is_compiling() and _transformed(*tensors):
         return plain(*tensors, *others)
+    if tensors[0].is_meta:
+        return getattr(torch.ops.llava_st, op)(*tensors, *others)  # shapes alone: the op's fake
     backend = backends.choose(op, tensors[0])
     if backend == "reference":
         device_type = tensors[0].device.type
-        if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-            tensors = tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
-        with torch.autocast(device_type, enabled=False):
+        if not torch.is_autocast_enabled(device_type):
+            return plain(*tensors, *others)
+        with torch.autocast(device_type, enabled=False):  # the inputs were cast already
             return plain(*tensors, *others)
     namespace = torch.ops.llava_st_triton if backend == "triton" else torch.ops.llava_st
     if torch.compiler.is_compiling():
@@ -182,12 +187,13 @@ def _vmap_rule(op: torch._ops.OpOverload, fold: int) -> Callable[..., Any]:
                     )
                 else:
                     argument = argument.movedim(dim, fold)
+                sizes = argument.shape[fold : fold + 2]  # the same for all tensors of the op
                 argument = argument.flatten(fold, fold + 1)
             folded.append(argument)
         outputs = op(*folded)
         if isinstance(outputs, Tensor):
-            return outputs.unflatten(fold, (info.batch_size, -1)), fold
-        return tuple(o.unflatten(fold, (info.batch_size, -1)) for o in outputs), (fold,) * len(outputs)
+            return outputs.unflatten(fold, sizes), fold
+        return tuple(output.unflatten(fold, sizes) for output in outputs), (fold,) * len(outputs)
 
     return rule
 

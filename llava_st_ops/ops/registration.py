@@ -11,7 +11,8 @@ from torch.autograd import forward_ad
 
 _NO_TRANSFORMS = (
     "{op}: torch.func transforms (grad, jvp, jacrev, ...) do not go through the raw op; "
-    "llava_st_ops.{name} takes the PyTorch reference there"
+    "llava_st_ops.{name} takes the PyTorch reference there, but under torch.compile only inside "
+    "llava_st_ops.use_backend('reference')"
 )
 _NO_DOUBLE_BACKWARD = (
     "{op}: double backward is not supported by the kernels; run the forward under "
@@ -94,23 +95,25 @@ def register_autograd(
     library.impl(backward_op._schema.name, autograd_kernel(BackwardFunction, backward_op), "Autograd")
 
 
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype of autocast where it is on, as for torch's own attention; float64 stays as it is."""
+    device_type = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(t.to(dtype) if t.dtype.is_floating_point and t.dtype != torch.float64 else t for t in tensors)
+
+
 def register_autocast(library: torch.library.Library, op: torch._ops.OpOverload, tensors: int) -> None:
-    """Under autocast the first `tensors` arguments are cast to its dtype, as for torch's own attention.
+    """Under autocast the first `tensors` arguments of the raw op are cast; positions and grids never are."""
 
-    Positions and grids are never cast, and float64 stays as it is: autocast lowers float32 alone.
-    """
-
-    def kernel_for(device_type: str, key: torch._C.DispatchKey) -> Callable[..., Any]:
+    def kernel_for(key: torch._C.DispatchKey) -> Callable[..., Any]:
         def kernel(*arguments: Any) -> Any:
-            dtype = torch.get_autocast_dtype(device_type)
-            cast = [a if a.dtype == torch.float64 else a.to(dtype) for a in arguments[:tensors]]
+            cast = autocast(*arguments[:tensors])
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
                 return op(*cast, *arguments[tensors:])
 
         return kernel
 
-    for device_type, key in (
-        ("cpu", torch._C.DispatchKey.AutocastCPU),
-        ("cuda", torch._C.DispatchKey.AutocastCUDA),
-    ):
-        library.impl(op._schema.name, kernel_for(device_type, key), key.name)
+    for key in (torch._C.DispatchKey.AutocastCPU, torch._C.DispatchKey.AutocastCUDA):
+        library.impl(op._schema.name, kernel_for(key), key.name)

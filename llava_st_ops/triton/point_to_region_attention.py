@@ -156,7 +156,11 @@ def _packed_layout(query: Tensor, key: Tensor, grid_thw: Tensor, region: Sequenc
     """The layout of a packed call, with the offsets of its videos computed on the device."""
     from .regions import Layout, video_offsets_kernel
 
-    grid_thw = grid_thw.to(key.device, non_blocking=True)
+    if key.is_cuda and not grid_thw.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("grid_thw must be on the device of query while a CUDA graph is captured, got cpu")
+        # Pageable memory is free to change as soon as the call returns; pinned memory would have to stay as it is.
+        grid_thw = grid_thw.to(key.device, non_blocking=not grid_thw.is_pinned())
     videos, tokens = grid_thw.shape[0], key.shape[0]
     layout = Layout(
         queries=query.shape[0],

@@ -64,6 +64,16 @@ def test_cuda_graph_with_a_grid_on_the_device(kernel):
     assert torch.equal(output, expected)
 
 
+def test_cuda_graph_with_a_grid_on_the_host_is_an_error(kernel):
+    """A graph would read the host's memory again in every replay."""
+    region = (1, 3, 3)
+    inputs, grid_thw = packed_inputs(GRIDS[1], region, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="grid_thw must be on the device"), torch.cuda.graph(graph):
+        point_to_region_attention_packed(*inputs, grid_thw, region)
+    torch.cuda.synchronize()
+
+
 def test_grids_on_the_device_are_not_read_back(kernel):
     region = (1, 3, 3)
     inputs, grid_thw = packed_inputs(GRIDS[1], region, device="cuda")

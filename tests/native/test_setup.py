@@ -13,6 +13,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGED = (
+    "MANIFEST.in",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
     "csrc",
     "cmake",
     "llava_st_ops",
@@ -54,6 +57,28 @@ def test_with_a_compiler_that_does_not_fit():
     _, version, said = build_version(CXX="false")
     assert "+" not in version
     assert "does not compile C++17" in said
+
+
+@pytest.mark.parametrize("missing", ["cmake", "ninja"])
+def test_without_a_build_tool(tmp_path, missing):
+    for tool in {"cmake", "ninja", "c++", "g++", "as", "ld", "cc1plus", "sh"} - {missing}:
+        if found := shutil.which(tool):
+            (tmp_path / tool).symlink_to(found)
+    # Tools beside the interpreter count, so it is called from a folder of its own, without its scripts.
+    python = tmp_path / "python"
+    python.symlink_to(sys.executable)
+    program = f"import sys; sys.executable = {str(python)!r}; sys.argv = ['setup.py', '--version']; "
+    program += "import runpy; runpy.run_path('setup.py', run_name='__main__')"
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, "PATH": str(tmp_path), "LLAVA_ST_CUDA": "off"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"{missing} was not found, so no native libraries" in result.stderr
+    assert "+" not in result.stdout.split()[-1]
 
 
 def test_with_an_old_torch(tmp_path):
@@ -138,3 +163,18 @@ def test_wheel_of_python_alone_runs_where_it_is_installed(tmp_path):
         check=True,
     )
     assert result.stdout.split() == [str(site / "llava_st_ops" / "__init__.py"), "2.0"]
+
+
+def test_source_distribution_builds(tmp_path):
+    """What `python -m build` makes first has all that the wheel is built from."""
+    source = tmp_path / "source"
+    copy_source(source)
+    sdist = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)]
+    subprocess.run(sdist, cwd=source, env={**os.environ, "LLAVA_ST_CUDA": "off"}, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    shutil.unpack_archive(archive, tmp_path / "unpacked")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    (tmp_path / "built").mkdir()
+    unpacked.rename(tmp_path / "built" / "source")
+    _, names = build_wheel(tmp_path / "built")
+    assert "llava_st_ops/lib/libllava_st_cpu.so" in names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -100,6 +101,14 @@ def test_region_of_one_number_is_not_taken_for_three():
         point_to_region_attention(**dense(region=3))
     with pytest.raises(RuntimeError, match=r"region|int\[\]|List\[int\]"):
         torch.ops.llava_st.point_to_region_attention(*dense(region=3).values())
+
+
+def test_numbers_of_other_kinds():
+    """NumPy's are as good as Python's; one that no float holds is not."""
+    arguments = dense(region=[np.int64(2), 3, 3], scale=np.float32(0.5))
+    assert torch.equal(point_to_region_attention(**arguments), point_to_region_attention(**dense(scale=0.5)))
+    with pytest.raises(ValueError, match="scale must be a finite number"):
+        point_to_region_attention(**dense(scale=10**400))
 
 
 def test_integers_and_wide_heads():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import llava_st_ops
 from llava_st_ops import point_to_region_attention, point_to_region_attention_packed, reference, use_backend
@@ -140,6 +141,13 @@ def test_autocast_follows_its_dtype(backend, dtype):
     assert double.dtype == torch.float64
 
 
+def test_autocast_unifies_dtypes():
+    query, key, value = CASE.inputs(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = point_to_region_attention(query.bfloat16(), key, value, CASE.region)
+    assert output.dtype == torch.bfloat16
+
+
 def test_autocast_gives_gradients_in_the_dtype_of_the_inputs():
     leaves = [x.requires_grad_() for x in CASE.inputs(torch.float32)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -159,6 +167,12 @@ def test_vmap_dense_and_packed():
     queries = torch.stack([query, 2 * query])
     mapped = torch.vmap(lambda q: point_to_region_attention_packed(q, key, value, GRIDS, REGION))(queries)
     torch.testing.assert_close(mapped[1], point_to_region_attention_packed(2 * query, key, value, GRIDS, REGION))
+
+
+def test_vmap_over_nothing():
+    inputs = [torch.stack([x, x])[:0] for x in CASE.inputs(torch.float32)]
+    mapped = torch.vmap(lambda *x: point_to_region_attention(*x, CASE.region))(*inputs)
+    assert mapped.shape == (0, *CASE.query_shape)
 
 
 def test_vmap_over_grids_is_an_error():
@@ -216,11 +230,29 @@ def test_reference_differentiates_twice():
         assert torch.autograd.gradgradcheck(lambda *x: point_to_region_attention(*x, case.region), inputs)
 
 
-def test_meta_tensors_get_shapes_only():
+@pytest.mark.parametrize("function", [point_to_region_attention, torch.ops.llava_st.point_to_region_attention])
+def test_meta_tensors_get_shapes_only(function):
     inputs = [x.to("meta") for x in CASE.inputs(torch.float32)]
-    output = torch.ops.llava_st.point_to_region_attention(*inputs, CASE.region)
+    output = function(*inputs, CASE.region)
     assert output.device.type == "meta"
     assert output.shape == CASE.query_shape
+
+
+def test_fake_tensors_get_shapes_only():
+    real = packed_inputs()
+    with FakeTensorMode() as mode:
+        inputs = [mode.from_tensor(x) for x in real]
+        output = point_to_region_attention_packed(*inputs, mode.from_tensor(GRIDS), REGION)
+    assert output.shape == inputs[0].shape
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_transforms_under_compile_need_the_reference(backend):
+    query, key, value = CASE.inputs(torch.float64)
+    gradient = torch.func.grad(lambda q: point_to_region_attention(q, key, value, CASE.region).square().sum())
+    with use_backend("reference"):
+        compiled = torch.compile(gradient, backend=backend, fullgraph=True)(query)
+    torch.testing.assert_close(compiled, gradient(query))
 
 
 def test_checkpointing_and_saved_tensor_hooks():

@@ -87,8 +87,8 @@ struct PackedProblem {
   }
 
   PackedProblem(const char* op, const PackedCall& call, const Tensor& query, const Tensor& grid_thw, void* stream)
-      : scratch(torch::stable::new_empty(query, std::vector<int64_t>{cuda::packed_scratch_size(call.videos)},
-                                         ScalarType::Long)) {
+      : scratch(allocate(op, "the offsets of grid_thw", {cuda::packed_scratch_size(call.videos)}, query,
+                         ScalarType::Long)) {
     if (grid_thw.is_cpu()) {
       upload(op, call, read_grids(op, grid_thw, call), stream);
       return;
@@ -104,8 +104,13 @@ struct PackedProblem {
   }
 
  private:
-  /// Copies from pageable memory, which is free to change as soon as the call returns.
+  /// Copies from pageable memory, which is free to change as soon as the call returns. Not so in a graph, which would
+  /// read it again in every replay.
   void upload(const char* op, const PackedCall& call, const PackedGrids& packed, void* stream) {
+    cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+    STD_CUDA_CHECK(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &capturing));
+    LLAVA_ST_CHECK(capturing == cudaStreamCaptureStatusNone, op,
+                   ": grid_thw must be on the device of query while a CUDA graph is captured, got cpu");
     Extent longest = {0, 0, 0};
     for (const Extent& grid : packed.grids) {
       longest = {std::max(longest.t, grid.t), std::max(longest.h, grid.h), std::max(longest.w, grid.w)};
