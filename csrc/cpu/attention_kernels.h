@@ -5,11 +5,11 @@
 // the result does not depend on the number of threads.
 #pragma once
 
-#include <math.h>
 #include <stdlib.h>
 
 #include "attention_problem.h"
 #include "rows.h"
+#include "softmax.h"
 #include "strip.h"
 
 namespace llava_st::LLAVA_ST_ISA {
@@ -22,42 +22,42 @@ struct Heads {
   int64_t first, count;
 };
 
-/// products[row * strip.stride() + j] = wide_row(row) . token j of the row's region and head.
+/// products.row(row)[j] = wide_row(row) . token j of the row's region and head.
 template <class T, class WideRow>
 LLAVA_ST_INLINE void dot_tokens(const Strip& strip, Heads heads, const Tokens<const T>& tokens, int64_t dim,
-                                WideRow wide_row, Scalar<T>* products) {
+                                WideRow wide_row, const ScoreRows<Scalar<T>>& products) {
   strip.for_tokens(tokens.strides, [&](int64_t r, int64_t j, int64_t offset) {
     for (int64_t h = 0; h < heads.count; ++h) {
       const T* const token = tokens.first + offset + (heads.first + h) * tokens.strides.head;
       prefetch_after(token, dim * sizeof(T));
       const int64_t row = r * heads.count + h;
-      products[row * strip.stride() + j] = dot(wide_row(row), token, dim);
+      products.row(row)[j] = dot(wide_row(row), token, dim);
     }
   });
 }
 
-/// wide_sum(row) += sum over j of weights[row * strip.stride() + j] * token j of the row's region and head.
+/// wide_sum(row) += sum over j of weights.row(row)[j] * token j of the row's region and head.
 template <class T, class WideSum>
 LLAVA_ST_INLINE void add_tokens(const Strip& strip, Heads heads, const Tokens<const T>& tokens, int64_t dim,
-                                const Scalar<T>* weights, WideSum wide_sum) {
+                                const ScoreRows<Scalar<T>>& weights, WideSum wide_sum) {
   strip.for_tokens(tokens.strides, [&](int64_t r, int64_t j, int64_t offset) {
     for (int64_t h = 0; h < heads.count; ++h) {
       const T* const token = tokens.first + offset + (heads.first + h) * tokens.strides.head;
       prefetch_after(token, dim * sizeof(T));
       const int64_t row = r * heads.count + h;
-      add_scaled(token, weights[row * strip.stride() + j], dim, wide_sum(row));
+      add_scaled(token, weights.row(row)[j], dim, wide_sum(row));
     }
   });
 }
 
-/// Token j of the row's region and head = factors[row * strip.stride() + j] * wide_row(row).
+/// Token j of the row's region and head = factors.row(row)[j] * wide_row(row).
 template <bool streamed, class T, class WideRow>
 LLAVA_ST_INLINE void write_tokens(const Strip& strip, Heads heads, const Tokens<T>& tokens, int64_t dim,
-                                  WideRow wide_row, const Scalar<T>* factors) {
+                                  WideRow wide_row, const ScoreRows<Scalar<T>>& factors) {
   strip.for_tokens(tokens.strides, [&](int64_t r, int64_t j, int64_t offset) {
     for (int64_t h = 0; h < heads.count; ++h) {
       const int64_t row = r * heads.count + h;
-      write_scaled<streamed>(wide_row(row), factors[row * strip.stride() + j], dim,
+      write_scaled<streamed>(wide_row(row), factors.row(row)[j], dim,
                              tokens.first + offset + (heads.first + h) * tokens.strides.head);
     }
   });
@@ -68,29 +68,6 @@ template <class T>
 LLAVA_ST_INLINE T* query_row(const Tokens<T>& queries, Heads heads, int64_t row) {
   return queries.first + row / heads.count * queries.strides.w +
          (heads.first + row % heads.count) * queries.strides.head;
-}
-
-LLAVA_ST_INLINE float exponential(float x) { return expf(x); }
-LLAVA_ST_INLINE double exponential(double x) { return exp(x); }
-
-/// Scores become weights in place. NaN and infinite scores give NaN, as in torch.
-template <class S>
-LLAVA_ST_INLINE void softmax(S* scores, int64_t n) {
-  S largest = scores[0];
-  for (int64_t j = 1; j < n; ++j) largest = scores[j] > largest ? scores[j] : largest;
-  S sum = 0;
-  for (int64_t j = 0; j < n; ++j) sum += scores[j] = exponential(scores[j] - largest);
-  const S inverse = 1 / sum;
-  for (int64_t j = 0; j < n; ++j) scores[j] *= inverse;
-}
-
-/// Scores become weights, and gradients of the weights become gradients of the scores, both in place.
-template <class S>
-LLAVA_ST_INLINE void softmax_backward(S* scores, S* grads, int64_t n) {
-  softmax(scores, n);
-  S mean = 0;
-  for (int64_t j = 0; j < n; ++j) mean += scores[j] * grads[j];
-  for (int64_t j = 0; j < n; ++j) grads[j] = scores[j] * (grads[j] - mean);
 }
 
 /// How the work is cut. Each thread takes queries in order, in strips of at most `regions`; where there are too few
@@ -172,15 +149,16 @@ bool forward(const AttentionProblem& problem, const cpu::ForwardOperands& operan
 
   return run_parallel(loop, cut.units(problem), [&](int64_t begin, int64_t end) {
     const int64_t most_rows = cut.regions * cut.most_heads(problem);
-    Scratch<S> scratch(most_rows * problem.largest_region, 2 * most_rows, dim);
+    Scratch<S> scratch(ScoreRows<S>::reserve(most_rows, problem.largest_region), 2 * most_rows, dim);
     if (scratch.failed()) return false;
-    S* const weights = scratch.weights();
 
     for (int64_t unit = begin; unit < end;) {
       const Strip strip(problem, unit / cut.groups, smaller(cut.regions, end - unit));
       const Heads heads = cut.heads_of(problem, unit);
       unit += strip.count;
       const int64_t rows = strip.count * heads.count;
+      const ScoreRows<S> weights = {scratch.weights(), rows, strip.stride()};
+      const auto keys_of_row = [&](int64_t row) { return strip.tokens_of(row / heads.count); };
       const auto queries = strip.queries_of<const T>(problem, operands.query);
       const auto outputs = strip.queries_of<T>(problem, operands.output);
       const auto wide_query = [&](int64_t row) { return scratch.row(row); };
@@ -191,9 +169,7 @@ bool forward(const AttentionProblem& problem, const cpu::ForwardOperands& operan
         scratch.clear_row(rows + row);
       }
       dot_tokens(strip, heads, strip.keys_of<const T>(problem, operands.key), dim, wide_query, weights);
-      for (int64_t row = 0; row < rows; ++row) {
-        softmax(weights + row * strip.stride(), strip.tokens_of(row / heads.count));
-      }
+      softmax(weights, keys_of_row);
       add_tokens(strip, heads, strip.keys_of<const T>(problem, operands.value), dim, weights, wide_output);
       for (int64_t row = 0; row < rows; ++row) {
         write_scaled<false>(wide_output(row), static_cast<S>(1), dim, query_row(outputs, heads, row));
@@ -213,7 +189,8 @@ bool backward_with(const AttentionProblem& problem, const cpu::BackwardOperands&
 
   return run_parallel(loop, cut.units(problem), [&](int64_t begin, int64_t end) {
     const int64_t most_rows = cut.regions * cut.most_heads(problem);
-    Scratch<S> scratch(2 * most_rows * problem.largest_region, 3 * most_rows, dim);
+    const int64_t most_scores = ScoreRows<S>::reserve(most_rows, problem.largest_region);
+    Scratch<S> scratch(2 * most_scores, 3 * most_rows, dim);
     if (scratch.failed()) return false;
 
     for (int64_t unit = begin; unit < end;) {
@@ -228,8 +205,9 @@ bool backward_with(const AttentionProblem& problem, const cpu::BackwardOperands&
       const auto wide_query = [&](int64_t row) { return scratch.row(row); };
       const auto wide_grad_output = [&](int64_t row) { return scratch.row(rows + row); };
       const auto wide_grad_query = [&](int64_t row) { return scratch.row(2 * rows + row); };
-      S* const weights = scratch.weights();
-      S* const grad_scores = weights + rows * strip.stride();
+      const ScoreRows<S> weights = {scratch.weights(), rows, strip.stride()};
+      const ScoreRows<S> grad_scores = {scratch.weights() + most_scores, rows, strip.stride()};
+      const auto keys_of_row = [&](int64_t row) { return strip.tokens_of(row / heads.count); };
 
       for (int64_t row = 0; row < rows; ++row) {
         widen(query_row(queries, heads, row), scale, dim, wide_query(row));
@@ -239,10 +217,8 @@ bool backward_with(const AttentionProblem& problem, const cpu::BackwardOperands&
       // Values before keys: the keys are wanted a second time, soon.
       dot_tokens(strip, heads, strip.keys_of<const T>(problem, operands.value), dim, wide_grad_output, grad_scores);
       dot_tokens(strip, heads, keys, dim, wide_query, weights);
-      for (int64_t row = 0; row < rows; ++row) {
-        softmax_backward(weights + row * strip.stride(), grad_scores + row * strip.stride(),
-                         strip.tokens_of(row / heads.count));
-      }
+      softmax(weights, keys_of_row);
+      softmax_backward(weights, grad_scores, keys_of_row);
       add_tokens(strip, heads, keys, dim, grad_scores, wide_grad_query);
       write_tokens<streamed>(strip, heads, strip.keys_of<T>(problem, operands.grad_key), dim, wide_query, grad_scores);
       write_tokens<streamed>(strip, heads, strip.keys_of<T>(problem, operands.grad_value), dim, wide_grad_output,

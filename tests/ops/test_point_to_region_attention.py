@@ -157,6 +157,22 @@ def test_extreme_scores_do_not_overflow(on_backend):
     assert torch.isfinite(output).all()
 
 
+def test_small_weights_are_as_accurate_as_large_ones(on_backend):
+    """Two keys whose scores lie up to 100 apart, one query each: the relative error of the smaller weight."""
+    apart = torch.arange(0, 100, 0.125)
+    n = len(apart)
+    query = torch.ones(1, 1, 1, n, 1, 1)
+    key = torch.stack([torch.zeros(n), -apart], dim=1).reshape(1, 1, 1, 2 * n, 1, 1)
+    value = torch.tensor([0.0, 1.0]).repeat(n).reshape(key.shape)
+    output = point_to_region_attention(*(x.to(on_backend) for x in (query, key, value)), (1, 1, 2), 1.0)
+    weight = output.double().cpu().flatten()
+    exact = torch.sigmoid(-apart.double())
+    normal = exact > 2 * torch.finfo(torch.float32).tiny
+    relative = (weight - exact).abs() / exact
+    assert relative[normal].max() < 8 * torch.finfo(torch.float32).eps
+    assert weight[~normal].max() <= 4 * torch.finfo(torch.float32).tiny
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_same_bits_in_every_run_and_with_any_number_of_threads(on_backend, dtype):
     case = Case(1, (6, 9, 9), (1, 3, 3), 4, 32)
