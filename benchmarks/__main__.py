@@ -32,7 +32,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds")
     parser.add_argument("--rounds", type=int, help="samples per implementation at most (default 15, with --quick 5)")
-    parser.add_argument("--seconds", type=float, help="timing per case (default 4, with --quick 1), or 5 rounds")
+    parser.add_argument("--seconds", type=float, help="timing per case (default 4, with --quick 1), or 9 rounds")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for record and plot")
     parser.add_argument("--only", default="", help="measure only cases whose name contains this text")
     parser.add_argument("--fragment", type=Path, help=argparse.SUPPRESS)  # the second process writes its numbers here
@@ -43,7 +43,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _rounds(options: argparse.Namespace) -> Rounds:
-    return Rounds(min(options.rounds, 3 if options.quick else 5), options.rounds, options.seconds)
+    return Rounds(min(options.rounds, 3 if options.quick else 9), options.rounds, options.seconds)
 
 
 Builder = Callable[[], Workload]
@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
         "settings": {
             "rounds": dataclasses.asdict(_rounds(options)),
             "timing": make_timer(device).description,
-            "order": "round-robin over all implementations and floors of a case",
+            "order": "round-robin over all implementations and floors of a case, each round beginning with another",
         },
         "backends": available_backends(device, torch.float32),
         "cases": [],

@@ -79,14 +79,19 @@ def interleave(
     rounds: Rounds,
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, list[float]]:
-    """Samples in ms of every call, taken in turns: A B C A B C ..."""
+    """Samples in ms of every call, taken in turns, each round beginning with another: A B C, B C A, C A B, ...
+
+    What a call leaves behind (freed memory, warm caches) would otherwise always meet the same next one.
+    """
     samples: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
     began = time.perf_counter()
     done = 0
     while done < rounds.fewest or (done < rounds.most and time.perf_counter() - began < rounds.seconds):
         progress(done)
-        for name, call in calls.items():
-            samples[name].append(timer.sample(call))
+        for name in order:
+            samples[name].append(timer.sample(calls[name]))
+        order.append(order.pop(0))
         done += 1
     return samples
 
