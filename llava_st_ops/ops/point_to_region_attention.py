@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from .. import backends, library, reference
 from . import checks
-from .registration import autocast, has_tangent, register_autocast, register_autograd
+from .registration import autocast, autocast_is_on, has_tangent, register_autocast, register_autograd
 
 _DENSE = "point_to_region_attention"
 _PACKED = "point_to_region_attention_packed"
@@ -101,7 +101,7 @@ def _run(op: str, tensors: tuple[Tensor, ...], others: tuple[Any, ...], plain: C
     backend = backends.choose(op, tensors[0])
     if backend == "reference":
         device_type = tensors[0].device.type
-        if not torch.is_autocast_enabled(device_type):
+        if not autocast_is_on(device_type):
             return plain(*tensors, *others)
         with torch.autocast(device_type, enabled=False):  # the inputs were cast already
             return plain(*tensors, *others)

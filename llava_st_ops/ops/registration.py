@@ -95,10 +95,15 @@ def register_autograd(
     library.impl(backward_op._schema.name, autograd_kernel(BackwardFunction, backward_op), "Autograd")
 
 
+def autocast_is_on(device_type: str) -> bool:
+    """Whether autocast applies; on other devices than these it never does (torch 2.10 cannot trace the question)."""
+    return device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype of autocast where it is on, as for torch's own attention; float64 stays as it is."""
     device_type = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if not autocast_is_on(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(t.to(dtype) if t.dtype.is_floating_point and t.dtype != torch.float64 else t for t in tensors)
