@@ -47,7 +47,7 @@ struct Strip {
   }
 
   /// How far apart the weights of two regions lie.
-  LLAVA_ST_INLINE int64_t stride() const { return region.t * region.h * smaller(region.w, width); }
+  LLAVA_ST_INLINE int64_t stride() const { return region.count(); }
 
   LLAVA_ST_INLINE int64_t width_of(int64_t r) const { return r + 1 < count ? region.w : width - r * region.w; }
   LLAVA_ST_INLINE int64_t tokens_of(int64_t r) const { return region.t * region.h * width_of(r); }

@@ -105,11 +105,11 @@ def _run(op: str, tensors: tuple[Tensor, ...], others: tuple[Any, ...], plain: C
             return plain(*tensors, *others)
         with torch.autocast(device_type, enabled=False):  # the inputs were cast already
             return plain(*tensors, *others)
-    namespace = torch.ops.llava_st_triton if backend == "triton" else torch.ops.llava_st
+    kernel = getattr(torch.ops.llava_st_triton if backend == "triton" else torch.ops.llava_st, op)
     if torch.compiler.is_compiling():
-        return getattr(namespace, op)(*tensors, *others)
+        return kernel(*tensors, *others)
     try:
-        return getattr(namespace, op)(*tensors, *others)
+        return kernel(*tensors, *others)
     except RuntimeError as error:
         if "out of memory allocating" in str(error) and not isinstance(error, torch.OutOfMemoryError):
             raise torch.OutOfMemoryError(str(error)) from None  # the type is lost at the libraries' C boundary
