@@ -10,14 +10,13 @@ import functools
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
 import torch
 
 from . import library
-
-BACKENDS = ("cpu", "cuda", "triton", "reference")
 
 # Tried in this order when none is forced.
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -35,6 +34,14 @@ class Verdict:
 
 class BackendError(RuntimeError):
     """The backend that was asked for cannot run here."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run the ops: the namespace that its kernels are registered in, and the predicate of `can_run`."""
+
+    namespace: str | None  # None: plain PyTorch
+    verdict: Callable[[torch.device, torch.dtype], Verdict]
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -103,15 +110,36 @@ def _triton_verdict(device: torch.device, dtype: torch.dtype) -> Verdict:
     return Verdict(True, "Triton kernel")
 
 
+_backends = {
+    "cpu": Backend(library.NAMESPACE, _cpu_verdict),
+    "cuda": Backend(library.NAMESPACE, _cuda_verdict),
+    "triton": Backend(library.TRITON_NAMESPACE, _triton_verdict),
+    "reference": Backend(None, lambda device, dtype: Verdict(True, "plain PyTorch")),
+}
+
+# What users choose from. `add_backend` adds to what can be forced, not to this.
+BACKENDS = tuple(_backends)
+
+
+def add_backend(name: str, backend: Backend) -> None:
+    """Makes another backend known, which runs where `use_backend` forces it: tests run kernels in an emulator so."""
+    _backends[name] = backend
+
+
+def find_backend(name: str) -> Backend:
+    """The backend of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in _backends:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return _backends[name]
+
+
 def can_run(backend: str, op: str, device: torch.device | str, dtype: torch.dtype) -> Verdict:
     """Whether `backend` can run `op` on tensors of this device and dtype."""
-    device = torch.device(device)
-    verdicts = {"cpu": _cpu_verdict, "cuda": _cuda_verdict, "triton": _triton_verdict}
-    if backend in verdicts:
-        return verdicts[backend](device, dtype)
-    if backend == "reference":
-        return Verdict(True, "plain PyTorch")
-    raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    return find_backend(backend).verdict(torch.device(device), dtype)
 
 
 # The choice of `use_backend`. Eager code reads the context variable, which is local to the thread and the task. Dynamo
@@ -128,8 +156,7 @@ class use_backend:  # noqa: N801 - a context manager, named as torch.no_grad is
     """
 
     def __init__(self, backend: str) -> None:
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        find_backend(backend)
         self.backend = backend
         self._tokens: list[contextvars.Token[str | None]] = []  # one per `with` in which this instance is
 
@@ -148,6 +175,11 @@ class use_backend:  # noqa: N801 - a context manager, named as torch.no_grad is
         del _forced_for_compiled[latest]
         if not torch.compiler.is_compiling():
             _forced.reset(self._tokens.pop())
+
+
+def forced_backend() -> str | None:
+    """The choice of `use_backend` in force here, outside of compiled code."""
+    return _forced.get()
 
 
 @functools.cache

@@ -13,6 +13,7 @@ import torch
 LIBRARY_FOLDER = Path(__file__).parent / "lib"
 MINIMUM_TORCH = (2, 10)
 NAMESPACE = "llava_st"
+TRITON_NAMESPACE = "llava_st_triton"
 
 
 @dataclass(frozen=True)
@@ -79,3 +80,6 @@ CUDA = load("cuda") if CPU.loaded else NativeLibrary(CPU.path.with_name("libllav
 
 # Kernels written in Python are added to the ops through this; a native library has declared them already.
 OPS = torch.library.Library(NAMESPACE, "FRAGMENT") if CPU.loaded else define_ops(NAMESPACE)
+
+# Triton's kernels stand behind ops of the same names.
+TRITON_OPS = define_ops(TRITON_NAMESPACE)

@@ -8,14 +8,12 @@ import torch
 from llava_st_ops import backends, use_backend
 
 GPU = torch.cuda.is_available()
-
-
-BACKENDS = ["cpu-avx2", "cpu-baseline", "reference", *(["cuda", "triton"] if GPU else [])]
+BACKENDS = ["cpu-avx2", "cpu-baseline", "reference", *(["cuda", "triton"] if GPU else ["emulated"])]
 
 
 def pytest_report_header():
     return f"backends under test: {', '.join(BACKENDS)}" + (
-        "" if GPU else " (no GPU: see tests/emulator, tests/triton)"
+        "" if GPU else " (no GPU: CUDA kernels are emulated, see tests/triton for the interpreter of Triton)"
     )
 
 
@@ -25,6 +23,12 @@ def on_backend(request, monkeypatch):
 
     Triton has a folder of its own besides, since its interpreter runs a few small shapes only.
     """
+    if request.param == "emulated":
+        from tests.emulator.backend import emulated  # builds the emulated library
+
+        with emulated(request.node.nodeid):
+            yield torch.device("cpu")
+        return
     backend, _, instruction_set = request.param.partition("-")
     device = torch.device("cuda" if GPU and backend != "cpu" else "cpu")
     verdict = backends.can_run(backend, "point_to_region_attention", device, torch.float32)

@@ -27,6 +27,7 @@ struct FloatPair {
 };
 
 constexpr int kWarpSize = 32;
+constexpr uint32_t kFullWarp = 0xffffffff;
 
 /// A one-dimensional launch; `stream` is a cudaStream_t.
 struct LaunchShape {
@@ -34,8 +35,6 @@ struct LaunchShape {
   int threads;
   void* stream;
 };
-
-constexpr int64_t kMaxBlocks = 0x7fffffff;
 
 }  // namespace llava_st::cuda
 
@@ -64,12 +63,33 @@ LLAVA_ST_DEVICE int64_t block_index() { return blockIdx.x; }
 LLAVA_ST_DEVICE int64_t block_count() { return gridDim.x; }
 
 LLAVA_ST_DEVICE void block_barrier() { __syncthreads(); }
-LLAVA_ST_DEVICE void warp_barrier() { __syncwarp(); }
 
-/// The value of the lane whose number differs in the bits of `mask`. All lanes of the warp take part.
+// What the lanes of a warp do together: each names the same `lanes`, and is one of them. The barrier orders accesses to
+// memory, the others do not.
+
+LLAVA_ST_DEVICE void warp_barrier(uint32_t lanes = kFullWarp) { __syncwarp(lanes); }
+
+/// The value of lane number `lane`.
 template <class T>
-LLAVA_ST_DEVICE T shuffle_xor(T value, int mask) {
-  return __shfl_xor_sync(0xffffffffu, value, mask);
+LLAVA_ST_DEVICE T shuffle(T value, int lane, uint32_t lanes = kFullWarp) {
+  return __shfl_sync(lanes, value, lane);
+}
+
+/// The value of the lane whose number differs in the bits of `mask`.
+template <class T>
+LLAVA_ST_DEVICE T shuffle_xor(T value, int mask, uint32_t lanes = kFullWarp) {
+  return __shfl_xor_sync(lanes, value, mask);
+}
+
+/// The lanes for which `condition` holds, one bit each.
+LLAVA_ST_DEVICE uint32_t ballot(bool condition, uint32_t lanes = kFullWarp) { return __ballot_sync(lanes, condition); }
+LLAVA_ST_DEVICE bool any(bool condition, uint32_t lanes = kFullWarp) { return __any_sync(lanes, condition); }
+LLAVA_ST_DEVICE bool all(bool condition, uint32_t lanes = kFullWarp) { return __all_sync(lanes, condition); }
+
+/// Adds in one step and returns what was there before. Orders nothing else.
+template <class T>
+LLAVA_ST_DEVICE T atomic_add(T* to, T value) {
+  return ::atomicAdd(to, value);
 }
 
 LLAVA_ST_DEVICE float exp2(float x) { return ::exp2f(x); }
@@ -160,6 +180,9 @@ LLAVA_ST_DEVICE void store_streaming(T* to, T value) {
 LLAVA_ST_DEVICE void store_streaming(Words* to, Words value) {
   __stcs(reinterpret_cast<uint4*>(to), make_uint4(value.word[0], value.word[1], value.word[2], value.word[3]));
 }
+
+/// The most blocks of one launch.
+inline int64_t max_blocks() { return 0x7fffffff; }
 
 /// Starts `kernel` on a stream; the caller asks CUDA whether that went well.
 template <auto kernel, class... Arguments>

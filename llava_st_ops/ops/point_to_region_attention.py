@@ -16,12 +16,10 @@ from torch._subclasses.fake_tensor import is_fake
 
 from .. import backends, library, reference
 from . import checks
-from .registration import autocast, autocast_is_on, has_tangent, register_autocast, register_autograd
+from .registration import add_rules, autocast, autocast_is_on, has_tangent, register_autocast, register_autograd
 
 _DENSE = "point_to_region_attention"
 _PACKED = "point_to_region_attention_packed"
-_TRITON_NAMESPACE = "llava_st_triton"
-_TRITON_OPS = library.define_ops(_TRITON_NAMESPACE)
 
 
 def point_to_region_attention(
@@ -98,14 +96,14 @@ def _run(op: str, tensors: tuple[Tensor, ...], others: tuple[Any, ...], plain: C
         return plain(*tensors, *others)
     if tensors[0].is_meta:
         return getattr(torch.ops.llava_st, op)(*tensors, *others)  # shapes alone: the op's fake
-    backend = backends.choose(op, tensors[0])
-    if backend == "reference":
+    namespace = backends.find_backend(backends.choose(op, tensors[0])).namespace
+    if namespace is None:
         device_type = tensors[0].device.type
         if not autocast_is_on(device_type):
             return plain(*tensors, *others)
         with torch.autocast(device_type, enabled=False):  # the inputs were cast already
             return plain(*tensors, *others)
-    kernel = getattr(torch.ops.llava_st_triton if backend == "triton" else torch.ops.llava_st, op)
+    kernel = getattr(getattr(torch.ops, namespace), op)
     if torch.compiler.is_compiling():
         return kernel(*tensors, *others)
     try:
@@ -239,10 +237,9 @@ _PYTHON_KERNELS = {
     f"{_PACKED}_backward": ("packed_backward", reference.point_to_region_attention_packed_backward),
 }
 
-_register(library.NAMESPACE, library.OPS)
-_register(_TRITON_NAMESPACE, _TRITON_OPS)
+add_rules(_register)
 for _op in _PYTHON_KERNELS:
     for _key, _native in (("CPU", library.CPU), ("CUDA", library.CUDA)):
-        _TRITON_OPS.impl(_op, _python_kernel(_op, "triton"), _key)  # on the CPU it is Triton's interpreter
+        library.TRITON_OPS.impl(_op, _python_kernel(_op, "triton"), _key)  # on the CPU it is Triton's interpreter
         if not _native.loaded:
             library.OPS.impl(_op, _python_kernel(_op, None), _key)

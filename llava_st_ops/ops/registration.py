@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .. import library
+
 _NO_TRANSFORMS = (
     "{op}: torch.func transforms (grad, jvp, jacrev, ...) do not go through the raw op; "
     "llava_st_ops.{name} takes the PyTorch reference there, but under torch.compile only inside "
@@ -18,6 +20,26 @@ _NO_DOUBLE_BACKWARD = (
     "{op}: double backward is not supported by the kernels; run the forward under "
     "llava_st_ops.use_backend('reference') to differentiate twice"
 )
+
+
+Rules = Callable[[str, torch.library.Library], None]
+
+_namespaces = {library.NAMESPACE: library.OPS, library.TRITON_NAMESPACE: library.TRITON_OPS}
+_rules: list[Rules] = []
+
+
+def add_rules(rules: Rules) -> None:
+    """Applies the rules of an op to every namespace of ops, and to those that `add_namespace` will add."""
+    _rules.append(rules)
+    for namespace, registry in _namespaces.items():
+        rules(namespace, registry)
+
+
+def add_namespace(namespace: str) -> None:
+    """Defines all ops once more, in a namespace of their own, with the same rules and without kernels."""
+    _namespaces[namespace] = library.define_ops(namespace)
+    for rules in _rules:
+        rules(namespace, _namespaces[namespace])
 
 
 def has_tangent(*values: object) -> bool:
@@ -32,7 +54,7 @@ def _needs_gradient(values: tuple[object, ...]) -> bool:
 
 
 def register_autograd(
-    library: torch.library.Library,
+    registry: torch.library.Library,
     op: torch._ops.OpOverload,
     backward_op: torch._ops.OpOverload,
     tensors: int,
@@ -91,8 +113,8 @@ def register_autograd(
 
         return kernel
 
-    library.impl(op._schema.name, autograd_kernel(ForwardFunction, op), "Autograd")
-    library.impl(backward_op._schema.name, autograd_kernel(BackwardFunction, backward_op), "Autograd")
+    registry.impl(op._schema.name, autograd_kernel(ForwardFunction, op), "Autograd")
+    registry.impl(backward_op._schema.name, autograd_kernel(BackwardFunction, backward_op), "Autograd")
 
 
 def autocast_is_on(device_type: str) -> bool:
@@ -109,7 +131,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) if t.dtype.is_floating_point and t.dtype != torch.float64 else t for t in tensors)
 
 
-def register_autocast(library: torch.library.Library, op: torch._ops.OpOverload, tensors: int) -> None:
+def register_autocast(registry: torch.library.Library, op: torch._ops.OpOverload, tensors: int) -> None:
     """Under autocast the first `tensors` arguments of the raw op are cast; positions and grids never are."""
 
     def kernel_for(key: torch._C.DispatchKey) -> Callable[..., Any]:
@@ -121,4 +143,4 @@ def register_autocast(library: torch.library.Library, op: torch._ops.OpOverload,
         return kernel
 
     for key in (torch._C.DispatchKey.AutocastCPU, torch._C.DispatchKey.AutocastCUDA):
-        library.impl(op._schema.name, kernel_for(key), key.name)
+        registry.impl(op._schema.name, kernel_for(key), key.name)

@@ -1,4 +1,7 @@
-"""Builds and imports `emulated_kernels`: the CUDA kernels, compiled for the CPU on top of the emulator."""
+"""Builds and imports `emulated_kernels`: the CUDA library, compiled by the host's compiler on top of the emulator.
+
+Every csrc/cuda/*/*.cu is part of it, so that a new kernel is emulated without further ado.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +16,53 @@ from pathlib import Path
 from types import ModuleType
 
 import pybind11
+import torch
 
 _HERE = Path(__file__).resolve().parent
 _ROOT = _HERE.parents[1]
-_SOURCES = ("fibre.cpp", "emulator.cpp", "wrong_kernels.cpp", "emulated_attention.cpp")
-_INCLUDES = (_ROOT / "csrc", _HERE, pybind11.get_include(), sysconfig.get_path("include"))
-_FLAGS = ("-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
-SANITIZERS = "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"
+_TORCH = Path(torch.__file__).parent
+
+_FLAGS = ("-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
+_DEFINES = ("-DTORCH_TARGET_VERSION=0x020a000000000000",)
+# Device code tells the emulator of every access to memory and of undefined behaviour (instrumentation.cpp). That of
+# virtual tables is left out: it needs the C++ runtime, and kernels have none.
+_INSTRUMENTED = ("-O1", "-fsanitize=thread,undefined,float-cast-overflow", "-fno-sanitize=vptr")
 
 
-def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
+def source_folder() -> Path:
+    """Where the kernels come from. LLAVA_ST_EMULATED_SOURCES names another place, such as one with mutants."""
+    return Path(os.environ.get("LLAVA_ST_EMULATED_SOURCES") or _ROOT / "csrc")
+
+
+def _sources() -> dict[Path, tuple[str, ...]]:
+    """Source files, and the flags of each."""
+    kernels = sorted((source_folder() / "cuda").glob("*/*.cu"))
+    emulator = sorted(path for path in _HERE.glob("*.cpp") if path.name != "bindings.cpp")
+    return {
+        _HERE / "bindings.cpp": _INSTRUMENTED,
+        **{path: ("-x", "c++", *_INSTRUMENTED) for path in kernels},
+        **{path: ("-O2",) for path in emulator},
+    }
+
+
+def _includes() -> list[str]:
+    own = [f"-I{path}" for path in (source_folder(), _HERE)]
+    others = (_TORCH / "include", pybind11.get_include(), sysconfig.get_path("include"))
+    return [*own, *(f"-isystem{path}" for path in others)]
+
+
+def _fingerprint(compiler: str) -> str:
     """Changes with anything that goes into the module."""
-    parts = [compiler, *flags, sysconfig.get_config_var("EXT_SUFFIX"), pybind11.__version__]
-    headers = [*(_ROOT / "csrc" / "cuda").rglob("*.cuh"), *(_ROOT / "csrc" / "cuda").rglob("*.h")]
-    headers += [*(_ROOT / "csrc" / "geometry").rglob("*.h"), *_HERE.glob("*.h"), *_HERE.glob("*.cpp")]
+    parts = [compiler, *_FLAGS, *_DEFINES, *_INSTRUMENTED, *_includes(), torch.__version__, pybind11.__version__]
     digest = hashlib.sha256("\n".join(parts).encode())
-    for path in sorted(headers):
-        digest.update(path.relative_to(_ROOT).as_posix().encode())
+    folders = (source_folder(), _HERE)
+    for path in sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in _SUFFIXES):
+        digest.update(path.as_posix().encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+_SUFFIXES = (".h", ".cuh", ".cu", ".cpp")
 
 
 def _run(*command: str) -> None:
@@ -40,26 +71,28 @@ def _run(*command: str) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
 
 
-def build(*extra_flags: str) -> Path:
+def build() -> Path:
     """Compiles the module, unless it is there already, and returns its path."""
     compiler = os.environ.get("CXX", "g++")
-    flags = (*_FLAGS, *extra_flags)
-    folder = _ROOT / "build" / "emulator" / _fingerprint(compiler, flags)
+    folder = _ROOT / "build" / "emulator" / _fingerprint(compiler)
     module = folder / f"emulated_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
     if module.exists():
         return module
     folder.mkdir(parents=True, exist_ok=True)
     unique = f"{os.getpid()}"  # several test runs may build at the same time
+    includes = _includes()
 
-    def compile_source(source: str) -> str:
-        to = str(folder / f"{source}.{unique}.o")
-        _run(compiler, *flags, *(f"-I{path}" for path in _INCLUDES), "-c", str(_HERE / source), "-o", to)
+    def compile_source(item: tuple[Path, tuple[str, ...]]) -> str:
+        source, flags = item
+        to = str(folder / f"{source.name}.{unique}.o")
+        _run(compiler, *_FLAGS, *_DEFINES, *flags, *includes, "-c", str(source), "-o", to)
         return to
 
     with ThreadPoolExecutor(max_workers=2) as pool:
-        objects = list(pool.map(compile_source, _SOURCES))
+        objects = list(pool.map(compile_source, _sources().items()))
     unfinished = f"{module}.{unique}"
-    _run(compiler, "-shared", *flags, *objects, "-o", unfinished)
+    libraries = (f"-L{_TORCH / 'lib'}", f"-Wl,-rpath,{_TORCH / 'lib'}", "-ltorch_cpu", "-ldl")
+    _run(compiler, "-shared", *objects, *libraries, "-o", unfinished)  # no sanitizer's library: see instrumentation.cpp
     os.replace(unfinished, module)
     for path in objects:
         os.remove(path)
@@ -68,9 +101,8 @@ def build(*extra_flags: str) -> Path:
 
 @functools.cache
 def load() -> ModuleType:
-    """The module. LLAVA_ST_EMULATOR_SANITIZERS=1 builds it with sanitizers, whose runtime must be preloaded."""
-    flags = SANITIZERS if os.environ.get("LLAVA_ST_EMULATOR_SANITIZERS") == "1" else ()
-    spec = importlib.util.spec_from_file_location("emulated_kernels", build(*flags))
+    """The module. Importing it registers the emulated ops."""
+    spec = importlib.util.spec_from_file_location("emulated_kernels", build())
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

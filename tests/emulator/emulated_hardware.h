@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <tuple>
 
 #include "emulator.h"
 
@@ -11,7 +12,11 @@
 #define LLAVA_ST_LAUNCH_BOUNDS(threads, blocks)
 #define LLAVA_ST_UNROLL
 #define LLAVA_ST_SHARED(type, name, count) \
-  type* const name = static_cast<type*>(emulator::shared_memory(sizeof(type) * (count), emulator::CallSite::here()))
+  type* const name =                       \
+      static_cast<type*>(emulator::shared_memory(sizeof(type) * (count), #name, emulator::CallSite::current()))
+
+/// Functions of this layer are always inlined, so that errors name the line of the kernel that calls them.
+#define LLAVA_ST_LAYER inline __attribute__((always_inline))
 
 namespace llava_st::cuda {
 
@@ -21,17 +26,69 @@ using emulator::block_threads;
 using emulator::CallSite;
 using emulator::thread_index;
 
-inline void block_barrier(CallSite site = CallSite::here()) { emulator::block_barrier(site); }
-inline void warp_barrier(CallSite site = CallSite::here()) { emulator::exchange(0, 0, "a warp barrier", site); }
+LLAVA_ST_LAYER void block_barrier(CallSite site = CallSite::current()) { emulator::block_barrier(site); }
+LLAVA_ST_LAYER void warp_barrier(uint32_t lanes = kFullWarp, CallSite site = CallSite::current()) {
+  emulator::meet_in_warp(lanes, "a warp barrier", site, nullptr, nullptr, true);
+}
 
 template <class T>
-T shuffle_xor(T value, int mask, CallSite site = CallSite::here()) {
-  static_assert(sizeof(T) <= sizeof(uint64_t));
-  uint64_t sent = 0;
-  std::memcpy(&sent, &value, sizeof(T));
-  const uint64_t received = emulator::exchange(sent, thread_index() % kWarpSize ^ mask, "shuffle_xor", site);
-  std::memcpy(&value, &received, sizeof(T));
-  return value;
+struct Shuffled {
+  T sent;
+  int from;  // which lane
+  T received;
+};
+
+template <class T>
+void complete_shuffle(void* const (&lanes)[kWarpSize]) {
+  for (void* const lane : lanes) {
+    if (lane == nullptr) continue;
+    auto* const mine = static_cast<Shuffled<T>*>(lane);
+    const auto* const other = static_cast<const Shuffled<T>*>(lanes[mine->from % kWarpSize]);
+    if (other == nullptr) return emulator::note_error("shuffles from a lane that takes no part");
+    mine->received = other->sent;
+  }
+}
+
+template <class T>
+LLAVA_ST_LAYER T shuffle(T value, int lane, uint32_t lanes = kFullWarp, CallSite site = CallSite::current()) {
+  Shuffled<T> mine = {value, lane, {}};
+  emulator::meet_in_warp(lanes, "a shuffle", site, &mine, &complete_shuffle<T>);
+  return mine.received;
+}
+
+template <class T>
+LLAVA_ST_LAYER T shuffle_xor(T value, int mask, uint32_t lanes = kFullWarp, CallSite site = CallSite::current()) {
+  return shuffle(value, thread_index() % kWarpSize ^ mask, lanes, site);
+}
+
+inline void complete_ballot(void* const (&lanes)[kWarpSize]) {
+  uint32_t votes = 0;
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    if (lanes[lane] != nullptr && *static_cast<const uint32_t*>(lanes[lane]) != 0) votes |= 1u << lane;
+  }
+  for (void* const lane : lanes) {
+    if (lane != nullptr) *static_cast<uint32_t*>(lane) = votes;
+  }
+}
+
+LLAVA_ST_LAYER uint32_t ballot(bool condition, uint32_t lanes = kFullWarp, CallSite site = CallSite::current()) {
+  uint32_t votes = condition;
+  emulator::meet_in_warp(lanes, "a vote", site, &votes, &complete_ballot);
+  return votes;
+}
+LLAVA_ST_LAYER bool any(bool condition, uint32_t lanes = kFullWarp, CallSite site = CallSite::current()) {
+  return ballot(condition, lanes, site) != 0;
+}
+LLAVA_ST_LAYER bool all(bool condition, uint32_t lanes = kFullWarp, CallSite site = CallSite::current()) {
+  return ballot(condition, lanes, site) == lanes;
+}
+
+/// Threads run one at a time, so that nothing comes between the two halves.
+template <class T>
+LLAVA_ST_LAYER T atomic_add(T* to, T value) {
+  emulator::check_alignment(to, sizeof(T), "an atomic access");
+  emulator::atomic_access(to, sizeof(T));
+  return emulator::add(to, value);
 }
 
 inline float exp2(float x) { return std::exp2f(x); }
@@ -92,7 +149,7 @@ T* settled(T* pointer) {
 }
 
 template <class T>
-T load_once(const T* from, bool wanted) {
+LLAVA_ST_LAYER T load_once(const T* from, bool wanted) {
   T to = {};
   if (!wanted) return to;
   emulator::check_alignment(from, sizeof(T), "a load");
@@ -101,19 +158,29 @@ T load_once(const T* from, bool wanted) {
 }
 
 template <class T>
-void store(T* to, T value) {
+LLAVA_ST_LAYER void store(T* to, T value) {
   emulator::check_alignment(to, sizeof(T), "a store");
   std::memcpy(to, &value, sizeof(T));
 }
 
 template <class T>
-void store_streaming(T* to, T value) {
+LLAVA_ST_LAYER void store_streaming(T* to, T value) {
   store(to, value);
+}
+
+inline int64_t max_blocks() { return emulator::settings().max_blocks; }
+
+/// Calls a kernel as one of its threads. Not instrumented: the arguments lie in the host's memory.
+template <auto kernel, class... Arguments>
+__attribute__((no_sanitize("thread"))) void call(const void* arguments) {
+  std::apply([](const Arguments&... each) __attribute__((no_sanitize("thread"))) { kernel(each...); },
+             *static_cast<const std::tuple<Arguments...>*>(arguments));
 }
 
 template <auto kernel, class... Arguments>
 void launch(LaunchShape shape, const Arguments&... arguments) {
-  emulator::run(__PRETTY_FUNCTION__, shape.blocks, shape.threads, [&] { kernel(arguments...); });
+  const std::tuple<Arguments...> copies(arguments...);
+  emulator::run(__PRETTY_FUNCTION__, shape.blocks, shape.threads, &call<kernel, Arguments...>, &copies);
 }
 
 }  // namespace llava_st::cuda

@@ -1,14 +1,23 @@
 #include "emulator.h"
 
+#include <dlfcn.h>
+
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
-#include <exception>
+#include <functional>
 #include <memory>
 #include <random>
 #include <sstream>
+#include <string>
+#include <utility>
 #include <vector>
 
+#include "access.h"
+#include "clocks.h"
 #include "fibre.h"
+#include "memory.h"
+#include "source_lines.h"
 
 namespace emulator {
 namespace {
@@ -17,17 +26,38 @@ enum class Status { kReady, kAtBarrier, kInWarp, kExited };
 
 struct Thread {
   Status status = Status::kReady;
-  CallSite site = {};
-  const char* what = "";  // the collective it waits at
-  uint64_t sent = 0;
-  uint64_t received = 0;
-  int source = 0;
+  CallSite site;
+  const char* what = "";  // the meeting that it waits for
+  uint32_t lanes = 0;     // of a warp collective
+  void* brought = nullptr;
+  Complete complete = nullptr;
+  bool orders_memory = false;
+  int committed_groups = 0;
 };
 
 struct SharedArray {
   CallSite site;
-  std::vector<uint64_t> memory;
+  std::vector<uint64_t> words;
 };
+
+struct PendingCopy {
+  int thread;
+  int group;
+  uintptr_t to, from;  // `from` is zero where zeros are written
+  size_t bytes;
+  const void* code;
+};
+
+bool same(const CallSite& a, const CallSite& b) {
+  return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0 &&
+         std::strcmp(a.function_name(), b.function_name()) == 0;
+}
+
+bool overlap(uintptr_t a, size_t a_bytes, uintptr_t b, size_t b_bytes) { return a < b + b_bytes && b < a + a_bytes; }
+
+std::string base_name(const std::string& path) { return path.substr(path.rfind('/') + 1); }
+
+std::string text_of(const CallSite& site) { return base_name(site.file_name()) + ':' + std::to_string(site.line()); }
 
 /// The numbers of threads, in runs: "0-31, 64".
 std::string list(const std::vector<int>& threads) {
@@ -47,17 +77,46 @@ std::string kernel_name(const std::string& signature) {
   const std::string before = "kernel = ";
   const size_t begin = signature.find(before);
   if (begin == std::string::npos) return signature;
-  const size_t end = signature.find(';', begin);
+  const size_t end = signature.find("; Arguments", begin);
   return signature.substr(begin + before.size(), end - begin - before.size());
+}
+
+Memory memory;
+Settings current_settings;
+Statistics current_statistics;
+std::string undefined_in_launcher;
+
+/// Fibres are kept from launch to launch.
+Fibre& fibre(int thread) {
+  static std::vector<std::unique_ptr<Fibre>> fibres;
+  while (static_cast<int>(fibres.size()) <= thread) fibres.push_back(std::make_unique<Fibre>());
+  return *fibres[thread];
+}
+
+/// Constants of the program itself are no memory of a launch, but may be read.
+bool is_constant(uintptr_t begin, Use use) {
+  static Dl_info own = [] {
+    Dl_info info = {};
+    dladdr(reinterpret_cast<const void*>(&is_constant), &info);
+    return info;
+  }();
+  Dl_info found;
+  return use == Use::kRead && dladdr(reinterpret_cast<const void*>(begin), &found) && found.dli_fbase == own.dli_fbase;
 }
 
 /// One launch; its fibres serve all its blocks in turn.
 class Launch {
  public:
-  Launch(const char* kernel, int64_t blocks, int threads, const std::function<void()>& body, uint64_t seed)
-      : blocks(blocks), body_(body), kernel_(kernel_name(kernel)), random_(seed), fibres_(threads), threads_(threads) {
+  Launch(const char* kernel, int64_t blocks, int threads, std::function<void()> body, uint64_t seed)
+      : blocks(blocks),
+        body_(std::move(body)),
+        kernel_(kernel_name(kernel)),
+        seed_(seed),
+        random_(seed),
+        threads_(threads) {
     if (threads % kWarpSize != 0) throw KernelError(kernel_ + ": blocks must consist of whole warps");
-    for (auto& fibre : fibres_) fibre = std::make_unique<Fibre>();
+    if (threads > 1024) throw KernelError(kernel_ + ": blocks have at most 1024 threads");
+    memory.begin_launch();
   }
 
   void run() {
@@ -70,31 +129,68 @@ class Launch {
     }
   }
 
-  Thread& running() { return threads_[thread]; }
+  Thread& self() { return threads_[thread]; }
   int thread_count() const { return static_cast<int>(threads_.size()); }
 
   /// Called on a fibre: goes back to the scheduler until the meeting at `site` is complete.
   void wait(Status status, const char* what, CallSite site) {
-    Thread& self = running();
-    self.status = status;
-    self.what = what;
-    self.site = site;
-    fibres_[thread]->suspend();
+    self().status = status;
+    self().what = what;
+    self().site = site;
+    suspend();
   }
 
-  void* shared(size_t bytes, CallSite site) {
+  /// Called on a fibre, which never goes on.
+  [[noreturn]] void fail(const std::string& what) {
+    report(what);
+    suspend();
+    std::abort();
+  }
+
+  /// Notes what the running thread did wrong. The launch ends when the thread next stops.
+  void report(const std::string& what) {
+    if (error_.empty()) error_ = place() + ", thread " + std::to_string(thread) + " " + what + seed_text();
+  }
+
+  void* shared(size_t bytes, const char* name, CallSite site) {
     for (SharedArray& array : shared_) {
-      if (array.site == site) return array.memory.data();
+      if (same(array.site, site)) return array.words.data();
     }
+    shared_.push_back({site, std::vector<uint64_t>((bytes + 15) / 16 * 2)});
     // All bits set is NaN in every floating-point type.
-    shared_.push_back({site, std::vector<uint64_t>((bytes + 7) / 8, ~uint64_t{0})});
-    return shared_.back().memory.data();
+    std::fill(shared_.back().words.begin(), shared_.back().words.end(), ~uint64_t{0});
+    memory.allow(shared_.back().words.data(), bytes, true, false, std::string("shared memory `") + name + "`");
+    return shared_.back().words.data();
   }
 
-  std::string place() const {
-    std::ostringstream text;
-    text << "kernel " << kernel_ << ", block " << block;
-    return text.str();
+  void access(uintptr_t begin, size_t bytes, Use use, const void* code) {
+    check_pending_copies(begin, bytes, use, code);
+    const std::string problem = memory.check({begin, bytes, use, code}, thread, clocks_);
+    if (!problem.empty() && !is_constant(begin, use)) fail(problem + ", at " + source_line(code));
+  }
+
+  void start_copy(void* to, const void* from, size_t bytes, const void* code) {
+    const auto target = reinterpret_cast<uintptr_t>(to), source = reinterpret_cast<uintptr_t>(from);
+    if (from != nullptr) access(source, bytes, Use::kRead, code);
+    access(target, bytes, Use::kWrite, code);
+    pending_.push_back({thread, self().committed_groups, target, source, bytes, code});
+  }
+
+  void finish_copies(int pending_groups) {
+    const int finished = self().committed_groups - pending_groups;
+    std::vector<PendingCopy> done;
+    const auto is_done = [&](const PendingCopy& copy) { return copy.thread == thread && copy.group < finished; };
+    std::copy_if(pending_.begin(), pending_.end(), std::back_inserter(done), is_done);
+    std::erase_if(pending_, is_done);
+    for (const PendingCopy& copy : done) {
+      void* const to = reinterpret_cast<void*>(copy.to);
+      if (copy.from == 0) {
+        std::memset(to, 0, copy.bytes);
+      } else {
+        std::memcpy(to, reinterpret_cast<const void*>(copy.from), copy.bytes);
+      }
+      access(copy.to, copy.bytes, Use::kWrite, copy.code);
+    }
   }
 
   const int64_t blocks;
@@ -103,53 +199,94 @@ class Launch {
 
  private:
   void run_block() {
-    shared_.clear();
     ready_.clear();
+    clocks_.begin_block(thread_count());
     for (int i = 0; i < thread_count(); ++i) {
       threads_[i] = Thread();
       ready_.push_back(i);
-      fibres_[i]->start([this] { run_thread(); });
+      fibre(i).start([this] {
+        body_();
+        self().status = Status::kExited;
+      });
     }
     while (!ready_.empty()) {
       const size_t pick = std::uniform_int_distribution<size_t>(0, ready_.size() - 1)(random_);
       thread = ready_[pick];
       ready_[pick] = ready_.back();
       ready_.pop_back();
-      fibres_[thread]->resume();
-      if (error_) std::rethrow_exception(error_);
-      if (running().status == Status::kInWarp) meet_in_warp(thread / kWarpSize * kWarpSize);
-      if (running().status == Status::kAtBarrier) meet(0, thread_count());
+      resume();
+      if (!error_.empty()) throw KernelError(error_);
+      if (self().status == Status::kInWarp) meet_in_warp(thread / kWarpSize * kWarpSize, self().lanes);
+      if (self().status == Status::kAtBarrier) meet_in_block();
     }
     for (const Thread& each : threads_) {
-      if (each.status != Status::kExited) throw KernelError(place() + ": threads diverge: " + whereabouts());
+      if (each.status != Status::kExited)
+        throw KernelError(place() + ": threads diverge: " + whereabouts() + seed_text());
+    }
+    if (!pending_.empty()) {
+      throw KernelError(place() + ", thread " + std::to_string(pending_[0].thread) +
+                        " ends before the asynchronous copy that it starts at " + source_line(pending_[0].code) +
+                        seed_text());
+    }
+    for (const SharedArray& array : shared_) memory.forget(array.words.data());
+    shared_.clear();
+  }
+
+  void resume() {
+    accesses_are_checked = true;
+    stack = fibre(thread).stack();
+    fibre(thread).resume();
+    accesses_are_checked = false;
+  }
+
+  void suspend() { fibre(thread).suspend(); }
+
+  void meet_in_block() {
+    for (const Thread& other : threads_) {
+      if (other.status != Status::kAtBarrier || !same(other.site, self().site)) return;
+    }
+    clocks_.block_barrier();
+    for (int i = 0; i < thread_count(); ++i) release(i);
+  }
+
+  void meet_in_warp(int first, uint32_t lanes) {
+    void* brought[kWarpSize] = {};
+    for (int lane = 0; lane < kWarpSize; ++lane) {
+      if (!(lanes >> lane & 1)) continue;
+      const Thread& other = threads_[first + lane];
+      if (other.status != Status::kInWarp || other.lanes != lanes || !same(other.site, self().site)) return;
+      brought[lane] = other.brought;
+    }
+    if (self().complete != nullptr) self().complete(brought);
+    if (self().orders_memory) clocks_.warp_barrier(first, lanes);
+    for (int lane = 0; lane < kWarpSize; ++lane) {
+      if (lanes >> lane & 1) release(first + lane);
     }
   }
 
-  void run_thread() {
-    try {
-      body_();
-    } catch (...) {
-      error_ = std::current_exception();
-    }
-    running().status = Status::kExited;
+  void release(int i) {
+    threads_[i].status = Status::kReady;
+    ready_.push_back(i);
   }
 
-  /// Whether all threads of a range wait at the same place; if so they are ready to go on.
-  bool meet(int begin, int end) {
-    for (int i = begin; i < end; ++i) {
-      if (threads_[i].status != running().status || !(threads_[i].site == running().site)) return false;
+  void check_pending_copies(uintptr_t begin, size_t bytes, Use use, const void* code) {
+    for (const PendingCopy& copy : pending_) {
+      const bool target = overlap(begin, bytes, copy.to, copy.bytes);
+      const bool source = use != Use::kRead && copy.from != 0 && overlap(begin, bytes, copy.from, copy.bytes);
+      if (!target && !source) continue;
+      fail("uses " + std::to_string(bytes) + " bytes at " + source_line(code) + " that are the " +
+           (target ? "target" : "source") + " of an asynchronous copy, which thread " + std::to_string(copy.thread) +
+           " starts at " + source_line(copy.code) + " and has not waited for");
     }
-    for (int i = begin; i < end; ++i) {
-      threads_[i].status = Status::kReady;
-      ready_.push_back(i);
-    }
-    return true;
   }
 
-  void meet_in_warp(int begin) {
-    if (!meet(begin, begin + kWarpSize)) return;
-    for (int i = begin; i < begin + kWarpSize; ++i) threads_[i].received = threads_[begin + threads_[i].source].sent;
+  std::string place() const {
+    std::ostringstream text;
+    text << "kernel " << kernel_ << ", block " << block;
+    return text.str();
   }
+
+  std::string seed_text() const { return " (seed " + std::to_string(seed_) + ")"; }
 
   std::string whereabouts() const {
     struct Group {
@@ -159,11 +296,17 @@ class Launch {
     std::vector<Group> groups;
     for (int i = 0; i < thread_count(); ++i) {
       const Thread& each = threads_[i];
-      const std::string where =
-          each.status == Status::kExited ? "exited" : std::string("wait at ") + each.what + " in " + each.site.text();
-      const auto same = [&](const Group& group) { return group.where == where; };
-      auto group = std::find_if(groups.begin(), groups.end(), same);
-      if (group == groups.end()) group = groups.insert(group, {where, {}});
+      std::ostringstream where;
+      if (each.status == Status::kExited) {
+        where << "exited";
+      } else {
+        where << "wait at " << each.what << " in " << text_of(each.site);
+        if (each.status == Status::kInWarp && each.lanes != kFullWarp)
+          where << " for lanes 0x" << std::hex << each.lanes;
+      }
+      const auto alike = [&](const Group& group) { return group.where == where.str(); };
+      auto group = std::find_if(groups.begin(), groups.end(), alike);
+      if (group == groups.end()) group = groups.insert(group, {where.str(), {}});
       group->threads.push_back(i);
     }
     std::ostringstream text;
@@ -173,34 +316,62 @@ class Launch {
     return text.str();
   }
 
-  const std::function<void()>& body_;
+  const std::function<void()> body_;
   const std::string kernel_;
+  const uint64_t seed_;
   std::mt19937_64 random_;
-  std::vector<std::unique_ptr<Fibre>> fibres_;
+  Clocks clocks_;
   std::vector<Thread> threads_;
   std::vector<int> ready_;
   std::vector<SharedArray> shared_;
-  std::exception_ptr error_;
+  std::vector<PendingCopy> pending_;
+  std::string error_;
 };
 
 Launch* current = nullptr;
-uint64_t seed_of_launches = 0;
 
 }  // namespace
 
-bool CallSite::operator==(const CallSite& other) const {
-  return line == other.line && std::strcmp(file, other.file) == 0;
+bool accesses_are_checked = false;
+StackRange stack;
+
+void check_access(const void* address, size_t bytes, Use use, const void* code) {
+  const auto begin = reinterpret_cast<uintptr_t>(address);
+  if (begin >= stack.begin && begin + bytes <= stack.end) return;
+  const Pause pause;
+  current->access(begin, bytes, use, code);
 }
 
-std::string CallSite::text() const {
-  const char* const slash = std::strrchr(file, '/');
-  return std::string(slash ? slash + 1 : file) + ':' + std::to_string(line);
+void report_undefined_behaviour(const char* what, const char* file, int line) {
+  const bool in_kernel = accesses_are_checked;
+  const Pause pause;
+  const std::string text =
+      std::string("undefined behaviour: ") + what + ", at " + base_name(file) + ':' + std::to_string(line);
+  if (in_kernel) current->fail("has " + text);
+  undefined_in_launcher = text;
 }
 
-void set_seed(uint64_t seed) { seed_of_launches = seed; }
+Settings& settings() { return current_settings; }
+Statistics& statistics() { return current_statistics; }
 
-void run(const char* kernel, int64_t blocks, int threads, const std::function<void()>& body) {
-  Launch launch(kernel, blocks, threads, body, seed_of_launches);
+void allow_reading(const void* data, size_t bytes) { memory.allow(data, bytes, false, true, "an input"); }
+void allow_writing(void* data, size_t bytes, bool written) {
+  memory.allow(data, bytes, true, written, written ? "memory that is changed in place" : "a result");
+}
+void forget_memory() { memory.forget(); }
+
+void copy_to_device(void* to, const void* from, size_t bytes) {
+  std::memcpy(to, from, bytes);
+  memory.mark_written(to, bytes);
+}
+
+void run(const char* kernel, int64_t blocks, int threads, void (*body)(const void*), const void* arguments) {
+  if (!undefined_in_launcher.empty()) {
+    throw KernelError("a launcher has " + std::exchange(undefined_in_launcher, ""));
+  }
+  Launch launch(kernel, blocks, threads, [=] { body(arguments); }, current_settings.seed++);
+  ++current_statistics.launches;
+  current_statistics.threads += blocks * threads;
   struct Current {
     explicit Current(Launch* of) { current = of; }
     ~Current() { current = nullptr; }
@@ -213,22 +384,59 @@ int block_threads() { return current->thread_count(); }
 int64_t block_index() { return current->block; }
 int64_t block_count() { return current->blocks; }
 
-void block_barrier(CallSite site) { current->wait(Status::kAtBarrier, "a block barrier", site); }
-
-uint64_t exchange(uint64_t sent, int source, const char* what, CallSite site) {
-  Thread& self = current->running();
-  self.sent = sent;
-  self.source = source % kWarpSize;
-  current->wait(Status::kInWarp, what, site);
-  return self.received;
+void block_barrier(CallSite site) {
+  const Pause pause;
+  current->wait(Status::kAtBarrier, "a block barrier", site);
 }
 
-void* shared_memory(size_t bytes, CallSite site) { return current->shared(bytes, site); }
+void meet_in_warp(uint32_t lanes, const char* what, CallSite site, void* brought, Complete complete,
+                  bool orders_memory) {
+  const Pause pause;
+  const int lane = current->thread % kWarpSize;
+  if (!(lanes >> lane & 1)) {
+    std::ostringstream text;
+    text << "takes part in " << what << " in " << text_of(site) << " as lane " << lane
+         << ", which is not among lanes 0x" << std::hex << lanes;
+    current->fail(text.str());
+  }
+  Thread& self = current->self();
+  self.lanes = lanes;
+  self.brought = brought;
+  self.complete = complete;
+  self.orders_memory = orders_memory;
+  current->wait(Status::kInWarp, what, site);
+}
+
+void note_error(const char* what) { current->report(what); }
+
+void* shared_memory(size_t bytes, const char* name, CallSite site) {
+  const Pause pause;
+  return current->shared(bytes, name, site);
+}
 
 void check_alignment(const void* address, size_t bytes, const char* what) {
   if (reinterpret_cast<uintptr_t>(address) % bytes == 0) return;
-  throw KernelError(current->place() + ", thread " + std::to_string(current->thread) + ": " + what + " of " +
-                    std::to_string(bytes) + " bytes at an address that is no multiple of it");
+  const void* const code = __builtin_return_address(0);
+  const Pause pause;
+  current->fail(std::string("makes ") + what + " of " + std::to_string(bytes) +
+                " bytes at an address that is no multiple of it, at " + source_line(code));
+}
+
+void atomic_access(void* address, size_t bytes) {
+  check_access(address, bytes, Use::kAtomic, __builtin_return_address(0));
+}
+
+void copy_async(void* to, const void* from, size_t bytes) {
+  const void* const code = __builtin_return_address(0);
+  const Pause pause;
+  current->start_copy(to, from, bytes, code);
+}
+
+void commit_copies() { ++current->self().committed_groups; }
+
+void wait_for_copies(int pending) {
+  const Pause pause;
+  current->finish_copies(pending);
 }
 
 }  // namespace emulator

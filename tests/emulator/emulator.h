@@ -1,47 +1,62 @@
-// Runs kernels on a CPU, one fibre per thread, and fails where a GPU would hang or do as it pleases.
+// Runs CUDA kernels on a CPU, one fibre per thread, and fails where a GPU would hang or do as it pleases.
 //
 // Threads run one at a time, in an order drawn from a seed, from one meeting point (a block barrier, a warp collective)
-// to the next. So a missing barrier shows as a result that depends on the seed. Every meeting point demands that all
-// threads it is for arrive at the same line of the source; a thread that exits or waits elsewhere instead is an error.
-// Shared memory starts as NaN. Vector accesses check their alignment. Blocks run one after another.
-//
-// Not emulated: the order of memory accesses between meeting points, anything that depends on time, hardware limits.
+// to the next. A meeting point demands that all threads it is for arrive at the same place of the source; a thread that
+// exits or waits elsewhere instead is an error. Every access to memory is checked (memory.h): the compiler reports them
+// all, because kernels are compiled with its instrumentation for ThreadSanitizer, whose runtime instrumentation.cpp
+// replaces. docs/testing-without-a-gpu.md tells the whole story.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
-#include <functional>
+#include <source_location>
 #include <stdexcept>
-#include <string>
 
 namespace emulator {
 
 constexpr int kWarpSize = 32;
+constexpr uint32_t kFullWarp = 0xffffffff;
 
 /// What a kernel did wrong, with the names of the kernel, the block and the threads.
 struct KernelError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-/// A place in the source.
-struct CallSite {
-  const char* file;
-  int line;
+using CallSite = std::source_location;
 
-  static constexpr CallSite here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-    return {file, line};
-  }
+// For the host
+// ---------------------------------------------------------------------------------------------------------
 
-  bool operator==(const CallSite& other) const;
-  std::string text() const;
+struct Settings {
+  uint64_t seed = 0;  // of the next launch; every launch draws another one after it
+  int64_t max_blocks = 0x7fffffff;
+  bool tensors_on_device = true;  // whether launchers take tensors on the CPU to be on the device
 };
 
-/// Of launches to come: the order of threads and blocks.
-void set_seed(uint64_t seed);
+Settings& settings();
 
-/// Runs `body` as every thread of `blocks` blocks of `threads` threads.
-void run(const char* kernel, int64_t blocks, int threads, const std::function<void()>& body);
+/// How many launches there were, and how many threads ran in them.
+struct Statistics {
+  int64_t launches = 0;
+  int64_t threads = 0;
+};
 
-// For the thread that is running:
+Statistics& statistics();
+
+/// Memory that kernels may use, until `forget_memory`. What is neither this, nor shared memory, nor a thread's own
+/// stack is out of bounds.
+void allow_reading(const void* data, size_t bytes);
+void allow_writing(void* data, size_t bytes, bool written);
+void forget_memory();
+
+/// Copies into memory that may be written, from the host.
+void copy_to_device(void* to, const void* from, size_t bytes);
+
+/// Runs `body(arguments)` as every thread of `blocks` blocks of `threads` threads.
+void run(const char* kernel, int64_t blocks, int threads, void (*body)(const void*), const void* arguments);
+
+// For the thread that is running
+// ---------------------------------------------------------------------------------------
 
 int thread_index();
 int block_threads();
@@ -50,13 +65,39 @@ int64_t block_count();
 
 void block_barrier(CallSite site);
 
-/// Waits for all lanes of the warp at this site; returns what `source` lane sent.
-uint64_t exchange(uint64_t sent, int source, const char* what, CallSite site);
+/// What the lanes of a warp do together: `complete` gets what each lane brought, null where a lane takes no part, and
+/// changes it to what the lane takes away.
+using Complete = void (*)(void* const (&brought)[kWarpSize]);
 
-/// Shared memory of the block, the same for all its threads, poisoned with NaN at the block's start.
-void* shared_memory(size_t bytes, CallSite site);
+/// Waits for `lanes` of the warp at this site and completes the collective. Only barriers order memory.
+void meet_in_warp(uint32_t lanes, const char* what, CallSite site, void* brought, Complete complete,
+                  bool orders_memory = false);
 
-/// Fails with the thread's name where an address is not a multiple of `bytes`.
+/// Ends the launch, once the running thread stops, with an error that names the kernel, block and thread.
+void note_error(const char* what);
+
+/// Shared memory of the block, the same for all its threads; nobody has written it at the block's start.
+void* shared_memory(size_t bytes, const char* name, CallSite site);
+
+/// Fails where an address is not a multiple of `bytes`.
 void check_alignment(const void* address, size_t bytes, const char* what);
+
+/// Announces an atomic access, which does not race with other atomic ones.
+void atomic_access(void* address, size_t bytes);
+
+/// The atomic access itself, out of sight of the compiler's instrumentation.
+template <class T>
+__attribute__((no_sanitize("thread"), noinline)) T add(T* to, T value) {
+  const T before = *to;
+  *to = before + value;
+  return before;
+}
+
+/// Starts a copy from global to shared memory; zeros where `from` is null. Until it is waited for nobody may touch
+/// `to`, or write to `from`.
+void copy_async(void* to, const void* from, size_t bytes);
+void commit_copies();
+/// Waits for all but the last `pending` groups of this thread's copies.
+void wait_for_copies(int pending);
 
 }  // namespace emulator

@@ -1,11 +1,15 @@
 // Fibres: threads of execution that are switched by hand, on stacks of their own. One emulated GPU thread is one fibre.
 #pragma once
 
-#include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <memory>
 
 namespace emulator {
+
+struct StackRange {
+  uintptr_t begin = 0, end = 0;
+};
 
 class Fibre {
  public:
@@ -23,6 +27,8 @@ class Fibre {
 
   /// Called on the fibre: goes back to where `resume` was called.
   void suspend();
+
+  StackRange stack() const;
 
  private:
   struct State;

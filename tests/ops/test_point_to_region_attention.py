@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_st_ops import point_to_region_attention, reference, use_backend
+from llava_st_ops import backends, point_to_region_attention, reference, use_backend
 from tests.attention_cases import (
     CASES,
     EMPTY_CASES,
@@ -61,8 +61,9 @@ def test_reference_backward_is_the_derivative(case):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_reference(on_backend, case, dtype):
-    if dtype == torch.float64 and on_backend.type == "cuda":
-        pytest.skip("float64 takes the reference on CUDA")
+    verdict = backends.can_run(backends.forced_backend(), "point_to_region_attention", on_backend, dtype)
+    if not verdict.ok:
+        pytest.skip(verdict.reason)
     check(case, case.inputs(dtype, on_backend))
 
 
@@ -159,7 +160,11 @@ def test_extreme_scores_do_not_overflow(on_backend):
 
 
 def test_small_weights_are_as_accurate_as_large_ones(on_backend):
-    """Two keys whose scores lie up to 100 apart, one query each: the relative error of the smaller weight."""
+    """Two keys whose scores lie up to 100 apart, one query each: the relative error of the smaller weight.
+
+    GPU kernels take powers of two of scores that carry a factor of log2(e), and its rounding: as if the score had been
+    rounded once more.
+    """
     apart = torch.arange(0, 100, 0.125)
     n = len(apart)
     query = torch.ones(1, 1, 1, n, 1, 1)
@@ -170,7 +175,9 @@ def test_small_weights_are_as_accurate_as_large_ones(on_backend):
     exact = torch.sigmoid(-apart.double())
     normal = exact > 2 * torch.finfo(torch.float32).tiny
     relative = (weight - exact).abs() / exact
-    assert relative[normal].max() < 8 * torch.finfo(torch.float32).eps
+    powers_of_two = backends.forced_backend() in ("cuda", "emulated", "triton")
+    allowed = (8 + (apart.double() if powers_of_two else 0)) * torch.finfo(torch.float32).eps
+    assert (relative < allowed)[normal].all()
     assert weight[~normal].max() <= 4 * torch.finfo(torch.float32).tiny
 
 
@@ -187,7 +194,8 @@ def test_the_same_bits_in_every_run_and_with_any_number_of_threads(on_backend, d
     first = run()
     threads = torch.get_num_threads()
     try:
-        for count in (1, 3, threads):
+        # torch's own matrix products, which the reference is made of, depend on the number of threads.
+        for count in (threads,) if backends.forced_backend() == "reference" else (1, 3, threads):
             torch.set_num_threads(count)
             assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
     finally:

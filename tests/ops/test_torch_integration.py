@@ -21,9 +21,8 @@ def packed_inputs(dtype=torch.float32):
     return [torch.randn(rows, 2, 8, dtype=dtype) for rows in (queries, tokens, tokens)]
 
 
-def raw_calls(dtype, requires_grad):
+def raw_calls(dtype, requires_grad, ops=torch.ops.llava_st):
     """Every raw op with arguments: (op, arguments)."""
-    ops = torch.ops.llava_st
     dense = [x.requires_grad_(requires_grad) for x in CASE.inputs(dtype)]
     packed = [x.requires_grad_(requires_grad) for x in packed_inputs(dtype)]
     return {

@@ -1,5 +1,4 @@
-// From a problem to launches: which instantiation of a kernel runs, over how many blocks. Knows nothing of torch; the
-// CUDA launchers and the emulated kernels share it.
+// From a problem to launches: which instantiation of a kernel runs, over how many blocks. Knows nothing of torch.
 #pragma once
 
 #include <algorithm>
@@ -123,16 +122,16 @@ void with_layout(int head_dim, bool vectors, int64_t keys, const Visit& visit) {
   }
 }
 
-inline LaunchShape attention_shape(const AttentionProblem& problem, void* stream, int64_t max_blocks) {
+inline LaunchShape attention_shape(const AttentionProblem& problem, void* stream) {
   const int64_t blocks = ceil_div(problem.queries * problem.heads, kBlockWarps);
-  return {smaller(blocks, max_blocks), kBlockThreads, stream};
+  return {smaller(blocks, max_blocks()), kBlockThreads, stream};
 }
 
-/// Launches the forward kernel; an empty problem launches nothing. `max_blocks` is for tests.
+/// Launches the forward kernel; an empty problem launches nothing.
 template <class T>
-void launch_forward(const ForwardArguments<T>& arguments, void* stream, int64_t max_blocks = kMaxBlocks) {
+void launch_forward(const ForwardArguments<T>& arguments, void* stream) {
   const AttentionProblem& problem = arguments.problem;
-  const LaunchShape shape = attention_shape(problem, stream, max_blocks);
+  const LaunchShape shape = attention_shape(problem, stream);
   if (shape.blocks == 0 || problem.head_dim == 0) return;
   const bool vectors =
       aligned(arguments.query) && aligned(arguments.key) && aligned(arguments.value) && aligned(arguments.output);
@@ -142,10 +141,10 @@ void launch_forward(const ForwardArguments<T>& arguments, void* stream, int64_t 
 
 /// Launches the backward kernels.
 template <class T>
-void launch_backward(const BackwardArguments<T>& arguments, void* stream, int64_t max_blocks = kMaxBlocks) {
+void launch_backward(const BackwardArguments<T>& arguments, void* stream) {
   const AttentionProblem& problem = arguments.problem;
   if (problem.heads == 0 || problem.head_dim == 0) return;
-  const LaunchShape shape = attention_shape(problem, stream, max_blocks);
+  const LaunchShape shape = attention_shape(problem, stream);
   if (shape.blocks > 0) {
     const bool vectors = aligned(arguments.grad_output) && aligned(arguments.query) && aligned(arguments.key) &&
                          aligned(arguments.value) && aligned(arguments.grad_query) && aligned(arguments.grad_key) &&

@@ -1,4 +1,4 @@
 // An instantiation by itself, so that the build runs in parallel.
 #include "dispatch.h"
 
-template void llava_st::cuda::launch_forward(const ForwardArguments<float>&, void*, int64_t);
+template void llava_st::cuda::launch_forward(const ForwardArguments<float>&, void*);

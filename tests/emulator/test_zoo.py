@@ -1,0 +1,111 @@
+"""The emulator catches small kernels with one fault each, and lets their right twins pass (zoo.cuh)."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from tests.emulator.build import load
+
+SEEDS = range(20)
+THREADS = np.arange(64)
+INPUT = np.random.default_rng(0).integers(-8, 8, 384).astype(np.float32)
+MINE = INPUT[:64]
+NEIGHBOURS = MINE[(THREADS + 1) % 64]
+LOWER = THREADS % 32 < 16  # lanes of the first half of each warp
+
+
+def right(kernel: str) -> np.ndarray:
+    """What the right twin writes, by numpy."""
+    if kernel.startswith(("wrong_fragments", "product")):
+        return (INPUT[:256].reshape(16, 16) @ INPUT[256:].reshape(16, 8)).ravel()
+    return {
+        "missing_barrier": MINE + NEIGHBOURS,
+        "missing_warp_barrier": MINE + MINE[THREADS ^ 1],
+        "barrier_too_small": MINE + NEIGHBOURS,
+        "refilled_too_early": NEIGHBOURS + INPUT[64 + (THREADS + 1) % 64],
+        "divergent_shuffle": MINE + MINE[THREADS ^ 2],
+        "wrong_shuffle_mask": np.where(LOWER, MINE + MINE[THREADS ^ 1], MINE),
+        "shuffle_from_absent_lane": np.where(LOWER, MINE + MINE[THREADS // 32 * 32 + (THREADS + 1) % 16], MINE),
+        "vote_of_strangers": np.where(LOWER, MINE + 0x5555, MINE),
+        "unwritten_shared_memory": NEIGHBOURS,
+        "misaligned_load": INPUT[4 * THREADS],
+        "blocks_write_the_same": np.concatenate([MINE, MINE]),
+        "lost_update": np.concatenate([np.zeros(64), [2 * MINE.sum()]]),
+        "too_many_copies_pending": MINE,
+        "copy_without_barrier": INPUT[4 * ((THREADS + 1) % 64)],
+        "copy_started_too_early": NEIGHBOURS + np.where(THREADS % 2 == 0, INPUT[64:128], 0),
+    }.get(kernel, MINE)
+
+
+# What the error says of each fault. None: there is no error, but the result is wrong.
+FAULTS = {
+    "missing_barrier": r"4 bytes.* of shared memory `numbers`, which thread \d+ (writes|reads) at zoo.cuh:\d+, with no "
+    r"barrier between them \(a race\), at zoo.cuh:\d+|reads .* which nobody wrote",
+    "missing_warp_barrier": r"a race|which nobody wrote",
+    "barrier_too_small": r"a race|which nobody wrote",
+    "refilled_too_early": r"a race",
+    "divergent_barrier": r"threads 0-31 wait at a block barrier.*; threads 32-63 wait at a block barrier",
+    "skipped_barrier": r"threads 0-47 wait at a block barrier in zoo.cuh:\d+; threads 48-63 exited",
+    "divergent_shuffle": r"threads 0, 2, .*wait at a warp barrier.*; threads 1, 3, .*wait at a shuffle",
+    "wrong_shuffle_mask": r"threads .* wait at a shuffle in zoo.cuh:\d+; threads .* exited",
+    "shuffle_from_absent_lane": r"shuffles from a lane that takes no part",
+    "vote_of_strangers": r"takes part in a vote in zoo.cuh:\d+ as lane \d+, which is not among lanes 0xffff",
+    "unwritten_shared_memory": r"reads 4 bytes, number \d+ and on, of shared memory `numbers`, which nobody wrote",
+    "unwritten_result": r"reads 4 bytes, number \d+ and on, of a result, which nobody wrote",
+    "misaligned_load": r"makes a load of 16 bytes at an address that is no multiple of it, at zoo.cuh:\d+",
+    "off_by_one_store": r"writes 4 bytes out of bounds, 0 past the end of a result of 512 bytes, at zoo.cuh:\d+",
+    "off_by_one_load": r"reads 4 bytes out of bounds, 4 before the beginning of an input of 1536 bytes",
+    "written_input": r"writes an input, which kernels only read, at zoo.cuh:\d+",
+    "lost_update": r"a race",
+    "blocks_write_the_same": r"which thread \d+ of another block writes at .*a race",
+    "integer_overflow": r"has undefined behaviour: an integer sum overflows, at zoo.cuh:\d+",
+    "unwaited_copy": r"uses 4 bytes at zoo.cuh:\d+ that are the target of an asynchronous copy",
+    "uncommitted_copy": r"target of an asynchronous copy|ends before the asynchronous copy",
+    "too_many_copies_pending": r"target of an asynchronous copy",
+    "copy_without_barrier": r"target of an asynchronous copy|a race|which nobody wrote",
+    "copy_started_too_early": r"target of an asynchronous copy|a race",
+    "wrong_fragments_bfloat16": None,
+    "wrong_fragments_float16": None,
+    "product_without_all_lanes": r"threads .*24-31.* exited",
+}
+
+
+def run(kernel: str, twin: str, seed: int) -> np.ndarray:
+    load().settings.seed = seed
+    return np.array(getattr(load(), twin)[kernel](INPUT.tolist()))
+
+
+def test_the_list_is_complete():
+    assert set(FAULTS) == set(load().wrong) == set(load().right)
+
+
+@pytest.mark.parametrize("kernel", FAULTS)
+def test_right_twins_pass(kernel):
+    expected = right(kernel)
+    for seed in SEEDS:
+        np.testing.assert_array_equal(run(kernel, "right", seed)[: len(expected)], expected)
+
+
+@pytest.mark.parametrize("kernel", FAULTS)
+def test_faults_are_caught(kernel):
+    """With every seed, not just a lucky one; errors name kernel, block and seed."""
+    pattern = FAULTS[kernel]
+    for seed in SEEDS:
+        if pattern is None:
+            assert not np.array_equal(run(kernel, "wrong", seed), right(kernel))
+            continue
+        with pytest.raises(load().KernelError) as error:
+            run(kernel, "wrong", seed)
+        message = str(error.value)
+        assert re.search(pattern, message), message
+        assert re.match(rf"kernel \S*{kernel}<false>, block \d+", message), message
+        assert message.endswith(f"(seed {seed})")
+
+
+def test_errors_name_threads_and_both_lines():
+    """Both ends of a race: the line that another thread made its access from, and that of this one."""
+    with pytest.raises(load().KernelError, match=r"thread \d+ .*which thread \d+ \w+ at zoo.cuh:\d+.*, at zoo.cuh:\d+"):
+        run("refilled_too_early", "wrong", 0)
