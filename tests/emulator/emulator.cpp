@@ -1,6 +1,6 @@
 #include "emulator.h"
 
-#include <dlfcn.h>
+#include <link.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -93,16 +93,28 @@ Fibre& fibre(int thread) {
   return *fibres[thread];
 }
 
-/// Constants of the program itself are no memory of a launch, but may be read.
-bool is_constant(uintptr_t begin, Use use) {
-  static Dl_info own = [] {
-    Dl_info info = {};
-    dladdr(reinterpret_cast<const void*>(&is_constant), &info);
-    return info;
-  }();
-  Dl_info found;
-  return use == Use::kRead && dladdr(reinterpret_cast<const void*>(begin), &found) && found.dli_fbase == own.dli_fbase;
+/// The program itself: its constants are no memory of a launch, but may be read.
+AddressRange find_program() {
+  AddressRange range;
+  dl_iterate_phdr(
+      [](dl_phdr_info* module, size_t, void* result) {
+        const auto here = reinterpret_cast<uintptr_t>(&find_program);
+        uintptr_t begin = ~uintptr_t{0}, end = 0;
+        for (int i = 0; i < module->dlpi_phnum; ++i) {
+          const auto& segment = module->dlpi_phdr[i];
+          if (segment.p_type != PT_LOAD) continue;
+          begin = std::min(begin, module->dlpi_addr + segment.p_vaddr);
+          end = std::max(end, module->dlpi_addr + segment.p_vaddr + segment.p_memsz);
+        }
+        if (here < begin || here >= end) return 0;
+        *static_cast<AddressRange*>(result) = {begin, end};
+        return 1;
+      },
+      &range);
+  return range;
 }
+
+const AddressRange program = find_program();
 
 /// One launch; its fibres serve all its blocks in turn.
 class Launch {
@@ -166,7 +178,7 @@ class Launch {
   void access(uintptr_t begin, size_t bytes, Use use, const void* code) {
     check_pending_copies(begin, bytes, use, code);
     const std::string problem = memory.check({begin, bytes, use, code}, thread, clocks_);
-    if (!problem.empty() && !is_constant(begin, use)) fail(problem + ", at " + source_line(code));
+    if (!problem.empty()) fail(problem + ", at " + source_line(code));
   }
 
   void start_copy(void* to, const void* from, size_t bytes, const void* code) {
@@ -333,11 +345,11 @@ Launch* current = nullptr;
 }  // namespace
 
 bool accesses_are_checked = false;
-StackRange stack;
+AddressRange stack;
 
 void check_access(const void* address, size_t bytes, Use use, const void* code) {
   const auto begin = reinterpret_cast<uintptr_t>(address);
-  if (begin >= stack.begin && begin + bytes <= stack.end) return;
+  if (stack.contains(begin, bytes) || (use == Use::kRead && program.contains(begin, bytes))) return;
   const Pause pause;
   current->access(begin, bytes, use, code);
 }

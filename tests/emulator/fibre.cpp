@@ -162,7 +162,7 @@ void Fibre::resume() {
 
 void Fibre::suspend() { state_->switch_out(false); }
 
-StackRange Fibre::stack() const {
+AddressRange Fibre::stack() const {
   const auto begin = reinterpret_cast<uintptr_t>(state_->stack());
   return {begin, begin + kStackBytes};
 }

@@ -1,14 +1,17 @@
 // Fibres: threads of execution that are switched by hand, on stacks of their own. One emulated GPU thread is one fibre.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
 
 namespace emulator {
 
-struct StackRange {
+struct AddressRange {
   uintptr_t begin = 0, end = 0;
+
+  bool contains(uintptr_t from, size_t bytes) const { return from >= begin && from + bytes <= end; }
 };
 
 class Fibre {
@@ -28,7 +31,7 @@ class Fibre {
   /// Called on the fibre: goes back to where `resume` was called.
   void suspend();
 
-  StackRange stack() const;
+  AddressRange stack() const;
 
  private:
   struct State;

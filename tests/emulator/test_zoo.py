@@ -8,37 +8,9 @@ import numpy as np
 import pytest
 
 from tests.emulator.build import load
+from tests.zoo_results import INPUT, KERNELS, right_result
 
 SEEDS = range(20)
-THREADS = np.arange(64)
-INPUT = np.random.default_rng(0).integers(-8, 8, 384).astype(np.float32)
-MINE = INPUT[:64]
-NEIGHBOURS = MINE[(THREADS + 1) % 64]
-LOWER = THREADS % 32 < 16  # lanes of the first half of each warp
-
-
-def right(kernel: str) -> np.ndarray:
-    """What the right twin writes, by numpy."""
-    if kernel.startswith(("wrong_fragments", "product")):
-        return (INPUT[:256].reshape(16, 16) @ INPUT[256:].reshape(16, 8)).ravel()
-    return {
-        "missing_barrier": MINE + NEIGHBOURS,
-        "missing_warp_barrier": MINE + MINE[THREADS ^ 1],
-        "barrier_too_small": MINE + NEIGHBOURS,
-        "refilled_too_early": NEIGHBOURS + INPUT[64 + (THREADS + 1) % 64],
-        "divergent_shuffle": MINE + MINE[THREADS ^ 2],
-        "wrong_shuffle_mask": np.where(LOWER, MINE + MINE[THREADS ^ 1], MINE),
-        "shuffle_from_absent_lane": np.where(LOWER, MINE + MINE[THREADS // 32 * 32 + (THREADS + 1) % 16], MINE),
-        "vote_of_strangers": np.where(LOWER, MINE + 0x5555, MINE),
-        "unwritten_shared_memory": NEIGHBOURS,
-        "misaligned_load": INPUT[4 * THREADS],
-        "blocks_write_the_same": np.concatenate([MINE, MINE]),
-        "lost_update": np.concatenate([np.zeros(64), [2 * MINE.sum()]]),
-        "too_many_copies_pending": MINE,
-        "copy_without_barrier": INPUT[4 * ((THREADS + 1) % 64)],
-        "copy_started_too_early": NEIGHBOURS + np.where(THREADS % 2 == 0, INPUT[64:128], 0),
-    }.get(kernel, MINE)
-
 
 # What the error says of each fault. None: there is no error, but the result is wrong.
 FAULTS = {
@@ -79,12 +51,12 @@ def run(kernel: str, twin: str, seed: int) -> np.ndarray:
 
 
 def test_the_list_is_complete():
-    assert set(FAULTS) == set(load().wrong) == set(load().right)
+    assert set(FAULTS) == set(KERNELS) == set(load().wrong) == set(load().right)
 
 
 @pytest.mark.parametrize("kernel", FAULTS)
 def test_right_twins_pass(kernel):
-    expected = right(kernel)
+    expected = right_result(kernel)
     for seed in SEEDS:
         np.testing.assert_array_equal(run(kernel, "right", seed)[: len(expected)], expected)
 
@@ -95,7 +67,7 @@ def test_faults_are_caught(kernel):
     pattern = FAULTS[kernel]
     for seed in SEEDS:
         if pattern is None:
-            assert not np.array_equal(run(kernel, "wrong", seed), right(kernel))
+            assert not np.array_equal(run(kernel, "wrong", seed), right_result(kernel))
             continue
         with pytest.raises(load().KernelError) as error:
             run(kernel, "wrong", seed)

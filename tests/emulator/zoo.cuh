@@ -301,9 +301,9 @@ LLAVA_ST_GLOBAL void product_without_all_lanes(const float* input, float* result
   if (RIGHT || lane() < 24) multiply<true, BFloat16>(input, result);
 }
 
-/// The zoo: calls `visit(name, wrong, right, blocks)` for each.
+/// The zoo: calls `visit.operator()<wrong, right>(name, blocks)` for each.
 template <class Visit>
-void visit_zoo(const Visit& visit) {
+void visit_zoo(Visit&& visit) {
 #define LLAVA_ST_ZOO(kernel, blocks) visit.template operator()<&kernel<false>, &kernel<true>>(#kernel, blocks)
   LLAVA_ST_ZOO(missing_barrier, 1);
   LLAVA_ST_ZOO(missing_warp_barrier, 1);

@@ -1,0 +1,26 @@
+// How the driver fails.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+
+namespace llava_st::tests {
+
+/// What is being checked, for the message of a failure.
+inline std::string current;
+
+[[noreturn]] inline void fail(const std::string& what) {
+  std::fprintf(stderr, "FAILED: %s: %s\n", current.c_str(), what.c_str());
+  std::exit(1);
+}
+
+inline void check(bool holds, const char* what) {
+  if (!holds) fail(what);
+}
+
+/// Checks all of csrc/geometry on small grids; returns how many grids, with regions, there were.
+int64_t check_geometry();
+
+}  // namespace llava_st::tests
