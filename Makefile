@@ -10,7 +10,7 @@ export LLAVA_ST_CUDA ?= $(if $(GPU),auto,off)
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc cmake -type f)
 CPP := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: env test bench cuda lint format wheel clean
+.PHONY: env test bench mutate cuda lint format wheel clean
 
 env: $(VENV)/ready
 
@@ -30,6 +30,10 @@ test: env
 # The main job: a real clip through every backend of this machine. BENCH_ARGS="--video FILE" takes your own.
 bench: env
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+# Would the tests notice if a kernel were wrong? Tries hundreds of changes to the CUDA kernels, in the emulator.
+mutate: env
+	$(BIN)/python -m tests.mutation $(MUTATE_ARGS)
 
 # The CUDA library, for all architectures, into the checkout. Needs nvcc, not a GPU.
 cuda: env

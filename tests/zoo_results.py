@@ -32,6 +32,7 @@ _EXPECTED = {
     "lost_update": np.concatenate([np.zeros(64), [2 * _MINE.sum()]]),
     "blocks_write_the_same": np.concatenate([_MINE, _MINE]),
     "integer_overflow": _MINE,
+    "overrun_local_array": _MINE + INPUT[_THREADS + 3],
     "unwaited_copy": _MINE,
     "uncommitted_copy": _MINE,
     "too_many_copies_pending": _MINE,

@@ -27,6 +27,9 @@ _DEFINES = ("-DTORCH_TARGET_VERSION=0x020a000000000000",)
 # Device code tells the emulator of every access to memory and of undefined behaviour (instrumentation.cpp). That of
 # virtual tables is left out: it needs the C++ runtime, and kernels have none.
 _INSTRUMENTED = ("-O1", "-fsanitize=thread,undefined,float-cast-overflow", "-fno-sanitize=vptr")
+_UNINSTRUMENTED = ("-O2",)
+# Instead, under AddressSanitizer: it cannot go along with the above, and knows the bounds of local arrays.
+_ADDRESS = ("-O1", "-fsanitize=address", "-fno-omit-frame-pointer")
 
 
 def source_folder() -> Path:
@@ -34,14 +37,20 @@ def source_folder() -> Path:
     return Path(os.environ.get("LLAVA_ST_EMULATED_SOURCES") or _ROOT / "csrc")
 
 
+def under_address_sanitizer() -> bool:
+    """Whether LLAVA_ST_EMULATOR asks for that build, whose runtime must be preloaded (test_address_sanitizer.py)."""
+    return os.environ.get("LLAVA_ST_EMULATOR") == "address"
+
+
 def _sources() -> dict[Path, tuple[str, ...]]:
     """Source files, and the flags of each."""
+    device, host = (_ADDRESS, _ADDRESS) if under_address_sanitizer() else (_INSTRUMENTED, _UNINSTRUMENTED)
     kernels = sorted((source_folder() / "cuda").glob("*/*.cu"))
     emulator = sorted(path for path in _HERE.glob("*.cpp") if path.name != "bindings.cpp")
     return {
-        _HERE / "bindings.cpp": _INSTRUMENTED,
-        **{path: ("-x", "c++", *_INSTRUMENTED) for path in kernels},
-        **{path: ("-O2",) for path in emulator},
+        _HERE / "bindings.cpp": device,
+        **{path: ("-x", "c++", *device) for path in kernels},
+        **{path: host for path in emulator},
     }
 
 
@@ -53,7 +62,8 @@ def _includes() -> list[str]:
 
 def _fingerprint(compiler: str) -> str:
     """Changes with anything that goes into the module."""
-    parts = [compiler, *_FLAGS, *_DEFINES, *_INSTRUMENTED, *_includes(), torch.__version__, pybind11.__version__]
+    flags = [flag for flags in _sources().values() for flag in flags]
+    parts = [compiler, *_FLAGS, *_DEFINES, *flags, *_includes(), torch.__version__, pybind11.__version__]
     digest = hashlib.sha256("\n".join(parts).encode())
     folders = (source_folder(), _HERE)
     for path in sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in _SUFFIXES):
@@ -92,7 +102,9 @@ def build() -> Path:
         objects = list(pool.map(compile_source, _sources().items()))
     unfinished = f"{module}.{unique}"
     libraries = (f"-L{_TORCH / 'lib'}", f"-Wl,-rpath,{_TORCH / 'lib'}", "-ltorch_cpu", "-ldl")
-    _run(compiler, "-shared", *objects, *libraries, "-o", unfinished)  # no sanitizer's library: see instrumentation.cpp
+    # Not the libraries of the other sanitizers: instrumentation.cpp stands in for them.
+    sanitizer = ("-fsanitize=address",) if under_address_sanitizer() else ()
+    _run(compiler, "-shared", *sanitizer, *objects, *libraries, "-o", unfinished)
     os.replace(unfinished, module)
     for path in objects:
         os.remove(path)
@@ -100,9 +112,21 @@ def build() -> Path:
 
 
 @functools.cache
+def _build_once() -> Path | str:
+    """The module's path, or the compiler's errors, so that not every test asks for them anew."""
+    try:
+        return build()
+    except RuntimeError as error:
+        return str(error)
+
+
+@functools.cache
 def load() -> ModuleType:
     """The module. Importing it registers the emulated ops."""
-    spec = importlib.util.spec_from_file_location("emulated_kernels", build())
+    path = _build_once()
+    if isinstance(path, str):
+        raise RuntimeError(path)
+    spec = importlib.util.spec_from_file_location("emulated_kernels", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -24,8 +24,7 @@ struct KernelError : std::runtime_error {
 
 using CallSite = std::source_location;
 
-// For the host
-// ---------------------------------------------------------------------------------------------------------
+// For the host ------------------------------------------------------------------------------------------------------
 
 struct Settings {
   uint64_t seed = 0;  // of the next launch; every launch draws another one after it
@@ -55,8 +54,7 @@ void copy_to_device(void* to, const void* from, size_t bytes);
 /// Runs `body(arguments)` as every thread of `blocks` blocks of `threads` threads.
 void run(const char* kernel, int64_t blocks, int threads, void (*body)(const void*), const void* arguments);
 
-// For the thread that is running
-// ---------------------------------------------------------------------------------------
+// For the thread that is running ------------------------------------------------------------------------------------
 
 int thread_index();
 int block_threads();

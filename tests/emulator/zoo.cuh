@@ -17,8 +17,7 @@ constexpr int kResults = 128;
 LLAVA_ST_DEVICE int lane() { return thread_index() % kWarpSize; }
 LLAVA_ST_DEVICE int neighbour() { return (thread_index() + 1) % kThreads; }
 
-// Barriers
-// -------------------------------------------------------------------------------------------------------------
+// Barriers ----------------------------------------------------------------------------------------------------------
 
 /// Every thread adds its neighbour's number to its own.
 template <bool RIGHT>
@@ -84,8 +83,7 @@ LLAVA_ST_GLOBAL void skipped_barrier(const float* input, float* result) {
   block_barrier();
 }
 
-// Warp collectives
-// -----------------------------------------------------------------------------------------------------
+// Warp collectives --------------------------------------------------------------------------------------------------
 
 /// Odd lanes take part in a shuffle that even lanes know nothing of.
 template <bool RIGHT>
@@ -120,8 +118,7 @@ LLAVA_ST_GLOBAL void vote_of_strangers(const float* input, float* result) {
   result[thread_index()] = number;
 }
 
-// Memory
-// ---------------------------------------------------------------------------------------------------------------
+// Memory ------------------------------------------------------------------------------------------------------------
 
 /// One warp reads what only the other wrote a part of.
 template <bool RIGHT>
@@ -193,8 +190,16 @@ LLAVA_ST_GLOBAL void integer_overflow(const float* input, float* result) {
   result[thread_index()] = static_cast<float>(sum - large);
 }
 
-// Asynchronous copies
-// --------------------------------------------------------------------------------------------------
+/// An array of the thread's own is overrun through a pointer. AddressSanitizer alone sees that.
+template <bool RIGHT>
+LLAVA_ST_GLOBAL void overrun_local_array(const float* input, float* result) {
+  float numbers[4];
+  float* volatile to = numbers;
+  for (int i = 0; i < (RIGHT ? 4 : 5); ++i) to[i] = input[thread_index() + i];
+  result[thread_index()] = numbers[0] + numbers[3];
+}
+
+// Asynchronous copies -----------------------------------------------------------------------------------------------
 
 /// A thread uses what it copies before it has waited.
 template <bool RIGHT>
@@ -255,8 +260,7 @@ LLAVA_ST_GLOBAL void copy_started_too_early(const float* input, float* result) {
   result[thread_index()] = before + numbers[thread_index()];
 }
 
-// Matrix products
-// ------------------------------------------------------------------------------------------------------
+// Matrix products ---------------------------------------------------------------------------------------------------
 
 /// The product of a 16 x 16 and a 16 x 8 matrix. The wrong one takes the four words of A row by row.
 template <bool RIGHT, class T>
@@ -324,6 +328,7 @@ void visit_zoo(Visit&& visit) {
   LLAVA_ST_ZOO(lost_update, 2);
   LLAVA_ST_ZOO(blocks_write_the_same, 2);
   LLAVA_ST_ZOO(integer_overflow, 1);
+  LLAVA_ST_ZOO(overrun_local_array, 1);
   LLAVA_ST_ZOO(unwaited_copy, 1);
   LLAVA_ST_ZOO(uncommitted_copy, 1);
   LLAVA_ST_ZOO(too_many_copies_pending, 1);

@@ -2,30 +2,38 @@
 
 Mutants of the kernels (schemata.py) are compiled for the emulator, all into one library, and the tests of the emulated
 kernels run once for each that they reach. A mutant is caught if a test fails, or if the tests take far longer.
-Survivors are compared with those that docs/testing-without-a-gpu.md explains.
+docs/testing-without-a-gpu.md explains the survivors.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import os
-import re
+import platform
+import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import hypothesis  # noqa: F401 - forks need not import it again
+import pytest
+import torch
+
+from tests.emulator import backend  # noqa: F401 - likewise
 from tests.mutation.schemata import Mutant, kernel_sources, rewrite
 
 _HERE = Path(__file__).resolve().parent
 _ROOT = _HERE.parents[1]
 _WORK = _ROOT / "build" / "mutants"
+_RECORD = _ROOT / "benchmarks" / "results" / "mutation.json"
 _TESTS = ("tests/emulator/test_emulated_attention.py", "tests/emulator/test_launchers.py", "tests/ops")
 _PYTEST = ("-x", "-q", "-p", "no:cacheprovider", "--no-header", "-k", "emulated or launchers", *_TESTS)
-_PATIENCE = 4  # how many times as long as without a mutant the tests may take
+_PATIENCE = 3  # how many times as much processor time as without a mutant the tests may take
 
 
 def write_sources() -> list[Mutant]:
@@ -42,34 +50,67 @@ def write_sources() -> list[Mutant]:
     return mutants
 
 
-def run_tests(**environment: str) -> subprocess.Popen[bytes]:
-    """Starts the tests on the library with mutants."""
-    environ = {**os.environ, "LLAVA_ST_EMULATED_SOURCES": str(_WORK / "csrc"), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen(
-        [sys.executable, "-m", "pytest", *_PYTEST],
-        cwd=_ROOT,
-        env=environ,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+def environment(**more: str) -> dict[str, str]:
+    return {"LLAVA_ST_EMULATED_SOURCES": str(_WORK / "csrc"), "OMP_NUM_THREADS": "1", **more}
 
 
-def is_caught(mutant: Mutant, patience: float) -> bool:
-    """Whether the tests fail, crash or hang with this mutant."""
-    process = run_tests(LLAVA_ST_MUTANT=str(mutant.number))
+def run_without_mutant(reached: Path) -> float:
+    """How much processor time the tests take. Notes which mutants they could tell from the original."""
+    reached.unlink(missing_ok=True)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    command = [sys.executable, "-m", "pytest", *_PYTEST]
+    environ = {**os.environ, **environment(LLAVA_ST_MUTANTS_REACHED=str(reached))}
+    result = subprocess.run(command, cwd=_ROOT, env=environ, capture_output=True, text=True)
+    if result.returncode != 0:
+        sys.exit(f"the tests fail without any mutant\n{result.stdout}")
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+
+
+def start(mutant: Mutant, patience: int) -> int:
+    """Runs the tests with this mutant, in a fork of this process, which has imported what takes long; its number."""
+    child = os.fork()
+    if child != 0:
+        return child
+    status = 1
     try:
-        return process.wait(timeout=patience) != 0
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        return True
+        resource.setrlimit(resource.RLIMIT_CPU, (patience, patience))
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        os.environ.update(environment(LLAVA_ST_MUTANT=str(mutant.number)))
+        status = int(pytest.main(list(_PYTEST)))
+    finally:
+        os._exit(status)
 
 
-def explained(document: Path) -> set[tuple[str, str]]:
-    """The survivors that the document lists: file and rule, and the source of the line."""
-    found = re.findall(r"^- `(\S+): (.*)`$", document.read_text(), re.M) if document.exists() else []
-    return set(found)
+def verdicts(mutants: Iterable[Mutant], jobs: int, patience: int) -> Iterator[tuple[Mutant, bool]]:
+    """Each mutant, and whether the tests fail, crash or hang with it."""
+    waiting = iter(mutants)
+    running: dict[int, Mutant] = {}
+    while True:
+        for mutant in itertools.islice(waiting, jobs - len(running)):
+            running[start(mutant, patience)] = mutant
+        if not running:
+            return
+        child, status = os.wait()
+        yield running.pop(child), status != 0
+
+
+def write_record(path: Path, reached: int, survivors: list[Mutant]) -> None:
+    """What docs/testing-without-a-gpu.md quotes."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=_ROOT, capture_output=True, text=True)
+    compiler = subprocess.run([os.environ.get("CXX", "g++"), "--version"], capture_output=True, text=True)
+    record = {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit.stdout.strip(),
+        "compiler": compiler.stdout.splitlines()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "mutants": reached,
+        "caught": reached - len(survivors),
+        "survivors": [f"{mutant.file}: {mutant.rule}: {mutant.source.strip()}" for mutant in survivors],
+    }
+    path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def main() -> None:
@@ -83,32 +124,25 @@ def main() -> None:
     if options.list:
         print(*mutants, sep="\n")
         return
-    os.environ["LLAVA_ST_EMULATED_SOURCES"] = str(_WORK / "csrc")
-    from tests.emulator.build import build
-
     print(f"{len(mutants)} mutants; building all of them")
-    build()
+    os.environ.update(environment())
+    subprocess.run([sys.executable, "-c", "from tests.emulator.build import build; build()"], cwd=_ROOT, check=True)
     reached_file = _WORK / "reached.txt"
-    reached_file.unlink(missing_ok=True)
-    begin = time.monotonic()
-    if run_tests(LLAVA_ST_MUTANTS_REACHED=str(reached_file)).wait() != 0:
-        sys.exit("the tests fail without any mutant")
-    duration = time.monotonic() - begin
+    duration = run_without_mutant(reached_file)
     reached = {int(line) for line in reached_file.read_text().split()}
     candidates = [m for m in mutants if m.number in reached and (not options.only or m.number in options.only)]
-    print(
-        f"the tests take {duration:.0f} s and reach {len(reached)} mutants; the others are no indices or have no code"
-    )
+    print(f"the tests take {duration:.0f} s and reach {len(reached)} mutants; of the others, most are not of integers")
 
     survivors = []
-    with ThreadPoolExecutor(max_workers=options.jobs) as pool:
-        verdicts = pool.map(lambda mutant: is_caught(mutant, 10 + _PATIENCE * duration), candidates)
-        for mutant, caught in zip(candidates, verdicts, strict=True):
-            print("caught  " if caught else "SURVIVES", mutant, flush=True)
-            if not caught:
-                survivors.append(mutant)
+    for mutant, caught in verdicts(candidates, options.jobs, round(10 + _PATIENCE * duration)):
+        print("caught  " if caught else "SURVIVES", mutant, flush=True)
+        if not caught:
+            survivors.append(mutant)
+    survivors.sort(key=lambda mutant: mutant.number)
     print(f"{len(survivors)} survivors")
     print(*survivors, sep="\n")
+    if not options.only:
+        write_record(_RECORD, len(candidates), survivors)
     print(f"caught {len(candidates) - len(survivors)} of {len(candidates)}")
 
 
