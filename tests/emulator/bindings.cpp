@@ -24,13 +24,16 @@ std::vector<float> run_zoo(const std::vector<float>& numbers, int64_t blocks) {
   if (numbers.size() != zoo::kInputs)
     throw py::value_error("the zoo takes " + std::to_string(zoo::kInputs) + " numbers");
   emulator::forget_memory();
-  const auto allocate = [](size_t count) { return std::vector<Words>((count + 3) / 4); };  // aligned
-  std::vector<Words> input = allocate(zoo::kInputs), result = allocate(zoo::kResults);
+  struct alignas(64) Line {
+    float numbers[16];
+  };
+  const auto allocate = [](size_t count) { return std::vector<Line>((count + 15) / 16); };
+  std::vector<Line> input = allocate(zoo::kInputs), result = allocate(zoo::kResults);
   std::copy(numbers.begin(), numbers.end(), reinterpret_cast<float*>(input.data()));
   const auto* const from = reinterpret_cast<const float*>(input.data());
   auto* const to = reinterpret_cast<float*>(result.data());
   emulator::allow_reading(from, zoo::kInputs * sizeof(float));
-  emulator::allow_writing(to, zoo::kResults * sizeof(float), false);
+  emulator::allow_writing(to, zoo::kResults * sizeof(float));
   const float zero = 0.0f;
   emulator::copy_to_device(to + zoo::kThreads, &zero, sizeof(zero));  // what threads add to
   launch<kernel>({blocks, zoo::kThreads, nullptr}, from, to);

@@ -26,7 +26,7 @@ _FLAGS = ("-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra
 _DEFINES = ("-DTORCH_TARGET_VERSION=0x020a000000000000",)
 # Device code tells the emulator of every access to memory and of undefined behaviour (instrumentation.cpp). That of
 # virtual tables is left out: it needs the C++ runtime, and kernels have none.
-_INSTRUMENTED = ("-O1", "-fsanitize=thread,undefined,float-cast-overflow", "-fno-sanitize=vptr")
+_INSTRUMENTED = ("-O1", "-fsanitize=thread,undefined,bounds-strict,float-cast-overflow", "-fno-sanitize=vptr")
 _UNINSTRUMENTED = ("-O2",)
 # Instead, under AddressSanitizer: it cannot go along with the above, and knows the bounds of local arrays.
 _ADDRESS = ("-O1", "-fsanitize=address", "-fno-omit-frame-pointer")
@@ -63,7 +63,8 @@ def _includes() -> list[str]:
 def _fingerprint(compiler: str) -> str:
     """Changes with anything that goes into the module."""
     flags = [flag for flags in _sources().values() for flag in flags]
-    parts = [compiler, *_FLAGS, *_DEFINES, *flags, *_includes(), torch.__version__, pybind11.__version__]
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
+    parts = [version, *_FLAGS, *_DEFINES, *flags, *_includes(), torch.__version__, pybind11.__version__]
     digest = hashlib.sha256("\n".join(parts).encode())
     folders = (source_folder(), _HERE)
     for path in sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in _SUFFIXES):
@@ -94,7 +95,7 @@ def build() -> Path:
 
     def compile_source(item: tuple[Path, tuple[str, ...]]) -> str:
         source, flags = item
-        to = str(folder / f"{source.name}.{unique}.o")
+        to = str(folder / f"{source.parent.name}.{source.name}.{unique}.o")
         _run(compiler, *_FLAGS, *_DEFINES, *flags, *includes, "-c", str(source), "-o", to)
         return to
 
@@ -103,8 +104,9 @@ def build() -> Path:
     unfinished = f"{module}.{unique}"
     libraries = (f"-L{_TORCH / 'lib'}", f"-Wl,-rpath,{_TORCH / 'lib'}", "-ltorch_cpu", "-ldl")
     # Not the libraries of the other sanitizers: instrumentation.cpp stands in for them.
+    wrapped = [f"-Wl,--wrap={name}" for name in ("memcpy", "memmove", "memset")]
     sanitizer = ("-fsanitize=address",) if under_address_sanitizer() else ()
-    _run(compiler, "-shared", *sanitizer, *objects, *libraries, "-o", unfinished)
+    _run(compiler, "-shared", *sanitizer, *wrapped, *objects, *libraries, "-o", unfinished)
     os.replace(unfinished, module)
     for path in objects:
         os.remove(path)

@@ -17,6 +17,9 @@ struct Stamp {
   uint32_t epoch = 0;
   uint32_t count = 0;
   int32_t thread = -1;
+
+  /// The same time of another lane of the warp.
+  Stamp of_lane(int lane) const { return {block, epoch, count, thread / kWarpSize * kWarpSize + lane}; }
 };
 
 /// Vector clocks. A block barrier orders all threads; a warp barrier orders its lanes, who also learn what the others

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <tuple>
+#include <type_traits>
 
 #include "emulator.h"
 
@@ -12,8 +13,8 @@
 #define LLAVA_ST_LAUNCH_BOUNDS(threads, blocks)
 #define LLAVA_ST_UNROLL
 #define LLAVA_ST_SHARED(type, name, count) \
-  type* const name =                       \
-      static_cast<type*>(emulator::shared_memory(sizeof(type) * (count), #name, emulator::CallSite::current()))
+  type* const name = static_cast<type*>(   \
+      emulator::shared_memory(sizeof(type) * (count), alignof(type), #name, emulator::CallSite::current()))
 
 /// Functions of this layer are always inlined, so that errors name the line of the kernel that calls them.
 #define LLAVA_ST_LAYER inline __attribute__((always_inline))
@@ -43,7 +44,7 @@ void complete_shuffle(void* const (&lanes)[kWarpSize]) {
   for (void* const lane : lanes) {
     if (lane == nullptr) continue;
     auto* const mine = static_cast<Shuffled<T>*>(lane);
-    const auto* const other = static_cast<const Shuffled<T>*>(lanes[mine->from % kWarpSize]);
+    const auto* const other = static_cast<const Shuffled<T>*>(lanes[static_cast<uint32_t>(mine->from) % kWarpSize]);
     if (other == nullptr) return emulator::note_error("shuffles from a lane that takes no part");
     mine->received = other->sent;
   }
@@ -86,8 +87,12 @@ LLAVA_ST_LAYER bool all(bool condition, uint32_t lanes = kFullWarp, CallSite sit
 /// Threads run one at a time, so that nothing comes between the two halves.
 template <class T>
 LLAVA_ST_LAYER T atomic_add(T* to, T value) {
+  using std::is_same_v;
+  static_assert(is_same_v<T, float> || is_same_v<T, double> || is_same_v<T, int> || is_same_v<T, unsigned> ||
+                    is_same_v<T, unsigned long long>,
+                "what CUDA adds atomically");
   emulator::check_alignment(to, sizeof(T), "an atomic access");
-  emulator::atomic_access(to, sizeof(T));
+  emulator::announce_atomic(to, sizeof(T));
   return emulator::add(to, value);
 }
 
@@ -150,17 +155,17 @@ T* settled(T* pointer) {
 
 template <class T>
 LLAVA_ST_LAYER T load_once(const T* from, bool wanted) {
-  T to = {};
-  if (!wanted) return to;
-  emulator::check_alignment(from, sizeof(T), "a load");
-  std::memcpy(&to, from, sizeof(T));
-  return to;
+  if (!wanted) return {};
+  emulator::check_alignment(from, alignof(T), "a load");
+  emulator::announce_load(from, sizeof(T));
+  return emulator::load(from);
 }
 
 template <class T>
 LLAVA_ST_LAYER void store(T* to, T value) {
-  emulator::check_alignment(to, sizeof(T), "a store");
-  std::memcpy(to, &value, sizeof(T));
+  emulator::check_alignment(to, alignof(T), "a store");
+  emulator::announce_store(to, sizeof(T));
+  emulator::store(to, value);
 }
 
 template <class T>

@@ -5,7 +5,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
+#include <mutex>
 
 #include "emulator.h"
 
@@ -16,9 +16,12 @@ namespace llava_st::cuda {
 /// Lives as long as one call of an op; what earlier calls used is gone by then.
 class Device {
  public:
-  explicit Device(const Tensor&) { emulator::forget_memory(); }
+  explicit Device(const Tensor&) : lock_(emulator::lock()) { emulator::forget_memory(); }
 
   void* stream = nullptr;
+
+ private:
+  std::lock_guard<std::mutex> lock_;
 };
 
 /// From a tensor's first element to its last.
@@ -38,7 +41,7 @@ const T* input_data(const Tensor& tensor) {
 }
 template <class T>
 T* result_data(Tensor& tensor) {
-  emulator::allow_writing(tensor.mutable_data_ptr(), span_in_bytes(tensor), false);
+  emulator::allow_writing(tensor.mutable_data_ptr(), span_in_bytes(tensor));
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
@@ -47,6 +50,6 @@ inline bool is_capturing(void*) { return false; }
 inline void copy_to_device(void* to, const void* from, size_t bytes, void*) {
   emulator::copy_to_device(to, from, bytes);
 }
-inline void check_launches() {}
+inline void check_launches() { emulator::check_launchers(); }
 
 }  // namespace llava_st::cuda

@@ -38,8 +38,8 @@ void multiply_add_fragments(void* const (&lanes)[kWarpSize]) {
 }
 
 template <class T>
-void multiply_add_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                          emulator::CallSite site = emulator::CallSite::current()) {
+LLAVA_ST_LAYER void multiply_add_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                         emulator::CallSite site = emulator::CallSite::current()) {
   MatrixFragments<T> mine;
   std::memcpy(mine.a, a, sizeof(a));
   std::memcpy(mine.b, b, sizeof(b));

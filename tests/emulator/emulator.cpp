@@ -37,7 +37,10 @@ struct Thread {
 
 struct SharedArray {
   CallSite site;
-  std::vector<uint64_t> words;
+  std::string name;
+  size_t bytes;
+  void* data;
+  std::unique_ptr<char[]> memory;
 };
 
 struct PendingCopy {
@@ -57,7 +60,9 @@ bool overlap(uintptr_t a, size_t a_bytes, uintptr_t b, size_t b_bytes) { return 
 
 std::string base_name(const std::string& path) { return path.substr(path.rfind('/') + 1); }
 
-std::string text_of(const CallSite& site) { return base_name(site.file_name()) + ':' + std::to_string(site.line()); }
+std::string text_of(const CallSite& site) {
+  return base_name(site.file_name()) + ':' + std::to_string(site.line()) + ':' + std::to_string(site.column());
+}
 
 /// The numbers of threads, in runs: "0-31, 64".
 std::string list(const std::vector<int>& threads) {
@@ -164,15 +169,20 @@ class Launch {
     if (error_.empty()) error_ = place() + ", thread " + std::to_string(thread) + " " + what + seed_text();
   }
 
-  void* shared(size_t bytes, const char* name, CallSite site) {
-    for (SharedArray& array : shared_) {
-      if (same(array.site, site)) return array.words.data();
+  void* shared(size_t bytes, size_t alignment, const char* name, CallSite site) {
+    for (const SharedArray& array : shared_) {
+      if (same(array.site, site) && array.name == name && array.bytes == bytes) return array.data;
     }
-    shared_.push_back({site, std::vector<uint64_t>((bytes + 15) / 16 * 2)});
-    // All bits set is NaN in every floating-point type.
-    std::fill(shared_.back().words.begin(), shared_.back().words.end(), ~uint64_t{0});
-    memory.allow(shared_.back().words.data(), bytes, true, false, std::string("shared memory `") + name + "`");
-    return shared_.back().words.data();
+    constexpr size_t kMost = 16;
+    auto memory_of_array = std::make_unique<char[]>(bytes + 2 * kMost);
+    void* data = memory_of_array.get();
+    size_t space = bytes + 2 * kMost;
+    std::align(kMost, bytes + kMost, data, space);
+    if (alignment < kMost) data = static_cast<char*>(data) + alignment;  // and not a multiple of more
+    std::memset(data, 0xff, bytes);                                      // NaN in every floating-point type
+    memory.allow(data, bytes, Space::kShared, std::string("shared memory `") + name + "`");
+    shared_.push_back({site, name, bytes, data, std::move(memory_of_array)});
+    return data;
   }
 
   void access(uintptr_t begin, size_t bytes, Use use, const void* code) {
@@ -183,6 +193,9 @@ class Launch {
 
   void start_copy(void* to, const void* from, size_t bytes, const void* code) {
     const auto target = reinterpret_cast<uintptr_t>(to), source = reinterpret_cast<uintptr_t>(from);
+    if (!memory.is_shared(to, bytes) || (from != nullptr && memory.is_shared(from, bytes))) {
+      fail("starts an asynchronous copy that is not from global to shared memory, at " + source_line(code));
+    }
     if (from != nullptr) access(source, bytes, Use::kRead, code);
     access(target, bytes, Use::kWrite, code);
     pending_.push_back({thread, self().committed_groups, target, source, bytes, code});
@@ -201,6 +214,7 @@ class Launch {
       } else {
         std::memcpy(to, reinterpret_cast<const void*>(copy.from), copy.bytes);
       }
+      if (copy.from != 0) access(copy.from, copy.bytes, Use::kRead, copy.code);  // as late as it may have been read
       access(copy.to, copy.bytes, Use::kWrite, copy.code);
     }
   }
@@ -240,7 +254,7 @@ class Launch {
                         " ends before the asynchronous copy that it starts at " + source_line(pending_[0].code) +
                         seed_text());
     }
-    for (const SharedArray& array : shared_) memory.forget(array.words.data());
+    for (const SharedArray& array : shared_) memory.forget(array.data);
     shared_.clear();
   }
 
@@ -366,21 +380,28 @@ void report_undefined_behaviour(const char* what, const char* file, int line) {
 Settings& settings() { return current_settings; }
 Statistics& statistics() { return current_statistics; }
 
-void allow_reading(const void* data, size_t bytes) { memory.allow(data, bytes, false, true, "an input"); }
-void allow_writing(void* data, size_t bytes, bool written) {
-  memory.allow(data, bytes, true, written, written ? "memory that is changed in place" : "a result");
-}
+void allow_reading(const void* data, size_t bytes) { memory.allow(data, bytes, Space::kInput, "an input"); }
+void allow_writing(void* data, size_t bytes) { memory.allow(data, bytes, Space::kResult, "a result"); }
 void forget_memory() { memory.forget(); }
 
 void copy_to_device(void* to, const void* from, size_t bytes) {
+  if (bytes == 0) return;
+  if (!memory.mark_written(to, bytes)) throw KernelError("a copy to the device, to memory that is no result");
   std::memcpy(to, from, bytes);
-  memory.mark_written(to, bytes);
+}
+
+void check_launchers() {
+  if (undefined_in_launcher.empty()) return;
+  throw KernelError("a launcher has " + std::exchange(undefined_in_launcher, ""));
+}
+
+std::mutex& lock() {
+  static std::mutex mutex;
+  return mutex;
 }
 
 void run(const char* kernel, int64_t blocks, int threads, void (*body)(const void*), const void* arguments) {
-  if (!undefined_in_launcher.empty()) {
-    throw KernelError("a launcher has " + std::exchange(undefined_in_launcher, ""));
-  }
+  if (blocks <= 0) throw KernelError(kernel_name(kernel) + ": a launch of " + std::to_string(blocks) + " blocks");
   Launch launch(kernel, blocks, threads, [=] { body(arguments); }, current_settings.seed++);
   ++current_statistics.launches;
   current_statistics.threads += blocks * threads;
@@ -421,9 +442,9 @@ void meet_in_warp(uint32_t lanes, const char* what, CallSite site, void* brought
 
 void note_error(const char* what) { current->report(what); }
 
-void* shared_memory(size_t bytes, const char* name, CallSite site) {
+void* shared_memory(size_t bytes, size_t alignment, const char* name, CallSite site) {
   const Pause pause;
-  return current->shared(bytes, name, site);
+  return current->shared(bytes, alignment, name, site);
 }
 
 void check_alignment(const void* address, size_t bytes, const char* what) {
@@ -434,7 +455,15 @@ void check_alignment(const void* address, size_t bytes, const char* what) {
                 " bytes at an address that is no multiple of it, at " + source_line(code));
 }
 
-void atomic_access(void* address, size_t bytes) {
+void announce_load(const void* address, size_t bytes) {
+  check_access(address, bytes, Use::kReadOnly, __builtin_return_address(0));
+}
+
+void announce_store(void* address, size_t bytes) {
+  check_access(address, bytes, Use::kWrite, __builtin_return_address(0));
+}
+
+void announce_atomic(void* address, size_t bytes) {
   check_access(address, bytes, Use::kAtomic, __builtin_return_address(0));
 }
 

@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 #include <source_location>
 #include <stdexcept>
 
@@ -45,11 +46,17 @@ Statistics& statistics();
 /// Memory that kernels may use, until `forget_memory`. What is neither this, nor shared memory, nor a thread's own
 /// stack is out of bounds.
 void allow_reading(const void* data, size_t bytes);
-void allow_writing(void* data, size_t bytes, bool written);
+void allow_writing(void* data, size_t bytes);
 void forget_memory();
 
 /// Copies into memory that may be written, from the host.
 void copy_to_device(void* to, const void* from, size_t bytes);
+
+/// Throws if a launcher had undefined behaviour.
+void check_launchers();
+
+/// Only one thread of the host at a time may use the emulator.
+std::mutex& lock();
 
 /// Runs `body(arguments)` as every thread of `blocks` blocks of `threads` threads.
 void run(const char* kernel, int64_t blocks, int threads, void (*body)(const void*), const void* arguments);
@@ -74,16 +81,27 @@ void meet_in_warp(uint32_t lanes, const char* what, CallSite site, void* brought
 /// Ends the launch, once the running thread stops, with an error that names the kernel, block and thread.
 void note_error(const char* what);
 
-/// Shared memory of the block, the same for all its threads; nobody has written it at the block's start.
-void* shared_memory(size_t bytes, const char* name, CallSite site);
+/// Shared memory of the block, the same for all its threads; nobody has written it at the block's start. It is aligned
+/// to `alignment` and no more.
+void* shared_memory(size_t bytes, size_t alignment, const char* name, CallSite site);
 
 /// Fails where an address is not a multiple of `bytes`.
 void check_alignment(const void* address, size_t bytes, const char* what);
 
-/// Announces an atomic access, which does not race with other atomic ones.
-void atomic_access(void* address, size_t bytes);
+// Accesses that the layer makes: announced to the emulator, and made out of sight of the compiler's instrumentation.
 
-/// The atomic access itself, out of sight of the compiler's instrumentation.
+void announce_load(const void* address, size_t bytes);
+void announce_store(void* address, size_t bytes);
+void announce_atomic(void* address, size_t bytes);
+
+template <class T>
+__attribute__((no_sanitize("thread"), noinline)) T load(const T* from) {
+  return *from;
+}
+template <class T>
+__attribute__((no_sanitize("thread"), noinline)) void store(T* to, T value) {
+  *to = value;
+}
 template <class T>
 __attribute__((no_sanitize("thread"), noinline)) T add(T* to, T value) {
   const T before = *to;

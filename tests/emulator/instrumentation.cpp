@@ -10,7 +10,7 @@ using emulator::Use;
 namespace {
 
 inline void access(const void* address, size_t bytes, Use use, const void* code) {
-  if (emulator::accesses_are_checked) emulator::check_access(address, bytes, use, code);
+  if (emulator::accesses_are_checked && bytes > 0) emulator::check_access(address, bytes, use, code);
 }
 
 }  // namespace
@@ -31,6 +31,25 @@ LLAVA_ST_ACCESS(16)
 
 void __tsan_read_range(void* at, size_t bytes) { access(at, bytes, Use::kRead, __builtin_return_address(0)); }
 void __tsan_write_range(void* at, size_t bytes) { access(at, bytes, Use::kWrite, __builtin_return_address(0)); }
+
+// The linker sends calls of these functions here (--wrap): the compiler makes them for large copies, uninstrumented.
+void* __real_memcpy(void* to, const void* from, size_t bytes);
+void* __real_memmove(void* to, const void* from, size_t bytes);
+void* __real_memset(void* to, int value, size_t bytes);
+void* __wrap_memcpy(void* to, const void* from, size_t bytes) {
+  access(from, bytes, Use::kRead, __builtin_return_address(0));
+  access(to, bytes, Use::kWrite, __builtin_return_address(0));
+  return __real_memcpy(to, from, bytes);
+}
+void* __wrap_memmove(void* to, const void* from, size_t bytes) {
+  access(from, bytes, Use::kRead, __builtin_return_address(0));
+  access(to, bytes, Use::kWrite, __builtin_return_address(0));
+  return __real_memmove(to, from, bytes);
+}
+void* __wrap_memset(void* to, int value, size_t bytes) {
+  access(to, bytes, Use::kWrite, __builtin_return_address(0));
+  return __real_memset(to, value, bytes);
+}
 
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}

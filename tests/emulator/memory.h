@@ -12,7 +12,10 @@
 
 namespace emulator {
 
-enum class Use { kRead, kWrite, kAtomic };
+/// How a thread uses memory. Read-only loads go past the caches that see the launch's own stores.
+enum class Use { kRead, kReadOnly, kWrite, kAtomic };
+
+enum class Space { kInput, kResult, kShared };
 
 /// One access, by the thread that is running.
 struct Access {
@@ -25,16 +28,21 @@ struct Access {
 
 class Memory {
  public:
-  void allow(const void* data, size_t bytes, bool writable, bool written, std::string name);
+  /// What kernels may use from now on. Inputs may overlap each other, and a result that is an input as well.
+  void allow(const void* data, size_t bytes, Space space, std::string name);
   void forget() { ranges_.clear(); }
   void forget(const void* data);
-  void mark_written(const void* data, size_t bytes);
+
+  /// Notes that the host wrote there; false if kernels could not.
+  bool mark_written(const void* data, size_t bytes);
 
   /// Accesses of earlier launches come before all of this one.
   void begin_launch() { ++launch_; }
 
   /// Says what is wrong with an access, or nothing.
   std::string check(const Access& access, int thread, const Clocks& clocks);
+
+  bool is_shared(const void* data, size_t bytes);
 
  private:
   struct Past {
@@ -43,11 +51,21 @@ class Memory {
     Use use = Use::kRead;
   };
 
-  /// What happened to one byte. Of reads that no later one is ordered after, two are kept.
+  /// Accesses of several lanes of a warp, at the same time.
+  struct PastOfLanes {
+    Past first;
+    uint32_t lanes = 0;
+  };
+
+  /// What happened to one byte in this launch: the last write, and the reads and atomic accesses since then, but for
+  /// those that a later one of the same kind comes after.
   struct Cell {
     Past write;
-    Past reads[2];
-    bool written = false;
+    std::vector<PastOfLanes> others;
+    bool written = false;  // ever
+    bool read_only = false;
+
+    void add(const Past& now, const Clocks& clocks);
   };
 
   static constexpr size_t kPageBytes = 256;
@@ -59,7 +77,7 @@ class Memory {
 
   struct Range {
     uintptr_t begin, end;
-    bool writable, written;
+    Space space;
     std::string name;
     std::vector<std::unique_ptr<Page>> pages;  // made when first used
   };

@@ -44,12 +44,16 @@ def test_float64_has_no_kernel(ops):
         ops.point_to_region_attention(*CASE.inputs(torch.float64), [2, 3, 3])
 
 
-def test_regions_beyond_32_bits(ops):
-    """One token, repeated 2^31 times."""
+@pytest.mark.parametrize("axis", [1, 2, 3])
+@pytest.mark.parametrize("size", [2**31, 2**40])
+def test_regions_beyond_32_bits(ops, axis, size):
+    """One token, repeated along time, height or width."""
     one = torch.zeros(1, 1, 1, 1, 1, 8)
-    many = one.expand(1, 1, 1, 2**31, 1, 8)
+    shape, region = list(one.shape), [1, 1, 1]
+    shape[axis] = region[axis - 1] = size
+    many = one.expand(shape)
     with pytest.raises(RuntimeError, match=r"regions of 2\^31 tokens or more along one axis are not supported"):
-        ops.point_to_region_attention(one, many, many, [1, 1, 2**31])
+        ops.point_to_region_attention(one, many, many, region)
 
 
 @pytest.mark.parametrize("name", ["dense", "packed", "dense_backward", "packed_backward"])

@@ -4,6 +4,8 @@
 // first entries of which hold a number per thread.
 #pragma once
 
+#include <cstring>
+
 #include "cuda/async_copy.cuh"
 #include "cuda/elements.cuh"
 #include "cuda/matrix_product.cuh"
@@ -81,6 +83,23 @@ LLAVA_ST_GLOBAL void skipped_barrier(const float* input, float* result) {
   result[thread_index()] = input[thread_index()];
   if (!RIGHT && thread_index() >= 48) return;
   block_barrier();
+}
+
+/// One thread overwrites what a thread of the other warp read last but many.
+template <bool RIGHT>
+LLAVA_ST_GLOBAL void forgotten_reader(const float* input, float* result) {
+  LLAVA_ST_SHARED(float, number, 1);
+  if (thread_index() == 0) number[0] = input[0];
+  block_barrier();
+  float sum = input[thread_index()];
+  if (thread_index() <= kWarpSize) sum += number[0];
+  if constexpr (RIGHT) {
+    block_barrier();
+  } else {
+    warp_barrier();
+  }
+  if (thread_index() == 0) number[0] = 0.0f;
+  result[thread_index()] = sum;
 }
 
 // Warp collectives --------------------------------------------------------------------------------------------------
@@ -175,6 +194,49 @@ LLAVA_ST_GLOBAL void lost_update(const float* input, float* result) {
   }
 }
 
+/// A thread reads a sum to which all threads of the other warp have added, and its own warp last.
+template <bool RIGHT>
+LLAVA_ST_GLOBAL void forgotten_adder(const float* input, float* result) {
+  result[thread_index()] = input[thread_index()];
+  if (thread_index() <= kWarpSize) atomic_add(result + kThreads, 1.0f);
+  if constexpr (RIGHT) {
+    block_barrier();
+  } else {
+    warp_barrier();
+  }
+  if (thread_index() == 0) result[0] = result[kThreads];
+}
+
+/// Elements of 32 bytes: more than one instruction moves.
+struct alignas(32) Wide {
+  float number[8];
+};
+
+/// The last thread stores a wide element past the end.
+template <bool RIGHT>
+LLAVA_ST_GLOBAL void wide_store_past_the_end(const float* input, float* result) {
+  Wide wide;
+  for (int i = 0; i < 8; ++i) wide.number[i] = input[thread_index() % 16];
+  auto* const to = reinterpret_cast<Wide*>(result);
+  if (thread_index() < (RIGHT ? 16 : 17)) store(to + thread_index(), wide);
+}
+
+/// All threads copy to the same place.
+template <bool RIGHT>
+LLAVA_ST_GLOBAL void copies_collide(const float* input, float* result) {
+  const int at = RIGHT ? 2 * thread_index() : 0;
+  memcpy(result + at, input + at, 2 * sizeof(float));
+}
+
+/// A kernel loads what it stores itself, past the caches in which that may still be.
+template <bool RIGHT>
+LLAVA_ST_GLOBAL void result_loaded_as_read_only(const float* input, float* result) {
+  result[thread_index()] = input[thread_index()];
+  block_barrier();
+  const float* const from = result + neighbour();
+  result[kThreads + thread_index()] = RIGHT ? *from : load_once(from, true);
+}
+
 /// Two blocks write the same numbers.
 template <bool RIGHT>
 LLAVA_ST_GLOBAL void blocks_write_the_same(const float* input, float* result) {
@@ -260,6 +322,44 @@ LLAVA_ST_GLOBAL void copy_started_too_early(const float* input, float* result) {
   result[thread_index()] = before + numbers[thread_index()];
 }
 
+/// Another thread overwrites what is being copied.
+template <bool RIGHT>
+LLAVA_ST_GLOBAL void copied_while_it_changes(const float* input, float* result) {
+  LLAVA_ST_SHARED(float, numbers, 1);
+  result[thread_index()] = input[thread_index()];
+  block_barrier();
+  if (thread_index() == 0) {
+    copy_async<4>(numbers, result);
+    commit_copies();
+    if constexpr (RIGHT) wait_for_copies<0>();
+  }
+  block_barrier();
+  if (thread_index() == kWarpSize) result[0] = input[1];
+  if constexpr (!RIGHT) wait_for_copies<0>();
+}
+
+/// Asynchronous copies go from global to shared memory only.
+template <bool RIGHT>
+LLAVA_ST_GLOBAL void copy_to_global_memory(const float* input, float* result) {
+  LLAVA_ST_SHARED(float, numbers, kThreads);
+  copy_async<4>((RIGHT ? numbers : result) + thread_index(), input + thread_index());
+  commit_copies();
+  wait_for_copies<0>();
+  if constexpr (RIGHT) result[thread_index()] = numbers[thread_index()];
+}
+
+/// Sixteen bytes are copied to an array that is aligned to four.
+template <bool RIGHT>
+LLAVA_ST_GLOBAL void copy_to_unaligned_array(const float* input, float* result) {
+  LLAVA_ST_SHARED(float, loose, 4 * kThreads);
+  LLAVA_ST_SHARED(Words, aligned, kThreads);
+  float* const numbers = RIGHT ? reinterpret_cast<float*>(aligned) : loose;
+  copy_async<16>(numbers + 4 * thread_index(), input + 4 * thread_index());
+  commit_copies();
+  wait_for_copies<0>();
+  result[thread_index()] = numbers[4 * thread_index()];
+}
+
 // Matrix products ---------------------------------------------------------------------------------------------------
 
 /// The product of a 16 x 16 and a 16 x 8 matrix. The wrong one takes the four words of A row by row.
@@ -313,6 +413,7 @@ void visit_zoo(Visit&& visit) {
   LLAVA_ST_ZOO(missing_warp_barrier, 1);
   LLAVA_ST_ZOO(barrier_too_small, 1);
   LLAVA_ST_ZOO(refilled_too_early, 1);
+  LLAVA_ST_ZOO(forgotten_reader, 1);
   LLAVA_ST_ZOO(divergent_barrier, 1);
   LLAVA_ST_ZOO(skipped_barrier, 1);
   LLAVA_ST_ZOO(divergent_shuffle, 1);
@@ -326,6 +427,10 @@ void visit_zoo(Visit&& visit) {
   LLAVA_ST_ZOO(off_by_one_load, 1);
   LLAVA_ST_ZOO(written_input, 1);
   LLAVA_ST_ZOO(lost_update, 2);
+  LLAVA_ST_ZOO(forgotten_adder, 1);
+  LLAVA_ST_ZOO(wide_store_past_the_end, 1);
+  LLAVA_ST_ZOO(copies_collide, 1);
+  LLAVA_ST_ZOO(result_loaded_as_read_only, 1);
   LLAVA_ST_ZOO(blocks_write_the_same, 2);
   LLAVA_ST_ZOO(integer_overflow, 1);
   LLAVA_ST_ZOO(overrun_local_array, 1);
@@ -334,6 +439,9 @@ void visit_zoo(Visit&& visit) {
   LLAVA_ST_ZOO(too_many_copies_pending, 1);
   LLAVA_ST_ZOO(copy_without_barrier, 1);
   LLAVA_ST_ZOO(copy_started_too_early, 1);
+  LLAVA_ST_ZOO(copied_while_it_changes, 1);
+  LLAVA_ST_ZOO(copy_to_global_memory, 1);
+  LLAVA_ST_ZOO(copy_to_unaligned_array, 1);
   LLAVA_ST_ZOO(wrong_fragments_bfloat16, 1);
   LLAVA_ST_ZOO(wrong_fragments_float16, 1);
   LLAVA_ST_ZOO(product_without_all_lanes, 1);

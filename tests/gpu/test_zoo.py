@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.gpu.zoo import LIBRARY, build
+from tests.gpu.zoo import build, library_path
 from tests.zoo_results import INPUT, KERNELS, RESULTS, right_result
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -16,12 +16,13 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU he
 
 @pytest.fixture(scope="module")
 def library():
-    if not LIBRARY.exists():
+    path = library_path()
+    if not path.exists():
         try:
             build()
         except FileNotFoundError as error:
-            pytest.skip(f"{LIBRARY.name} was not built (python -m tests.gpu.zoo), and {error}")
-    return ctypes.CDLL(str(LIBRARY))
+            pytest.skip(f"{path.name} was not built (python -m tests.gpu.zoo), and {error}")
+    return ctypes.CDLL(str(path))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

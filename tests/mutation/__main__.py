@@ -1,8 +1,8 @@
 """`make mutate`: would the tests notice if a kernel were wrong?
 
 Mutants of the kernels (schemata.py) are compiled for the emulator, all into one library, and the tests of the emulated
-kernels run once for each that they reach. A mutant is caught if a test fails, or if the tests take far longer.
-docs/testing-without-a-gpu.md explains the survivors.
+kernels run once for each. A mutant is caught if a test fails, if the tests crash, or if they take far longer; one that
+no test reaches is not. docs/testing-without-a-gpu.md explains the survivors.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import os
 import platform
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -33,6 +35,7 @@ _WORK = _ROOT / "build" / "mutants"
 _RECORD = _ROOT / "benchmarks" / "results" / "mutation.json"
 _TESTS = ("tests/emulator/test_emulated_attention.py", "tests/emulator/test_launchers.py", "tests/ops")
 _PYTEST = ("-x", "-q", "-p", "no:cacheprovider", "--no-header", "-k", "emulated or launchers", *_TESTS)
+_NO_VERDICT = 100
 _PATIENCE = 3  # how many times as much processor time as without a mutant the tests may take
 
 
@@ -71,9 +74,10 @@ def start(mutant: Mutant, patience: int) -> int:
     child = os.fork()
     if child != 0:
         return child
-    status = 1
+    status = _NO_VERDICT
     try:
         resource.setrlimit(resource.RLIMIT_CPU, (patience, patience))
+        signal.alarm(20 * patience)  # for one that waits for ever
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
@@ -83,8 +87,18 @@ def start(mutant: Mutant, patience: int) -> int:
         os._exit(status)
 
 
-def verdicts(mutants: Iterable[Mutant], jobs: int, patience: int) -> Iterator[tuple[Mutant, bool]]:
-    """Each mutant, and whether the tests fail, crash or hang with it."""
+def verdict(status: int) -> str:
+    """What a child's exit status says of its mutant."""
+    if os.WIFSIGNALED(status):
+        return "hangs" if os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL, signal.SIGALRM) else "crashes"
+    code = os.WEXITSTATUS(status)
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        sys.exit(f"the tests did not run: pytest ended with status {code}")
+    return "fails" if code == pytest.ExitCode.TESTS_FAILED else "survives"
+
+
+def verdicts(mutants: Iterable[Mutant], jobs: int, patience: int) -> Iterator[tuple[Mutant, str]]:
+    """Each mutant, and whether with it the tests fail, crash, hang, or pass."""
     waiting = iter(mutants)
     running: dict[int, Mutant] = {}
     while True:
@@ -93,10 +107,10 @@ def verdicts(mutants: Iterable[Mutant], jobs: int, patience: int) -> Iterator[tu
         if not running:
             return
         child, status = os.wait()
-        yield running.pop(child), status != 0
+        yield running.pop(child), verdict(status)
 
 
-def write_record(path: Path, reached: int, survivors: list[Mutant]) -> None:
+def write_record(path: Path, kinds: Counter[str], survivors: list[Mutant]) -> None:
     """What docs/testing-without-a-gpu.md quotes."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=_ROOT, capture_output=True, text=True)
     compiler = subprocess.run([os.environ.get("CXX", "g++"), "--version"], capture_output=True, text=True)
@@ -106,9 +120,10 @@ def write_record(path: Path, reached: int, survivors: list[Mutant]) -> None:
         "compiler": compiler.stdout.splitlines()[0],
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "mutants": reached,
-        "caught": reached - len(survivors),
-        "survivors": [f"{mutant.file}: {mutant.rule}: {mutant.source.strip()}" for mutant in survivors],
+        "mutants": kinds.total(),
+        "caught": kinds.total() - len(survivors),
+        "tests with a mutant": dict(sorted(kinds.items())),
+        "survivors": [mutant.name() for mutant in survivors],
     }
     path.write_text(json.dumps(record, indent=2) + "\n")
 
@@ -129,21 +144,25 @@ def main() -> None:
     subprocess.run([sys.executable, "-c", "from tests.emulator.build import build; build()"], cwd=_ROOT, check=True)
     reached_file = _WORK / "reached.txt"
     duration = run_without_mutant(reached_file)
-    reached = {int(line) for line in reached_file.read_text().split()}
-    candidates = [m for m in mutants if m.number in reached and (not options.only or m.number in options.only)]
-    print(f"the tests take {duration:.0f} s and reach {len(reached)} mutants; of the others, most are not of integers")
+    reached = dict(line.split() for line in reached_file.read_text().splitlines())
+    chosen = [mutant for mutant in mutants if not options.only or mutant.number in options.only]
+    chosen = [mutant for mutant in chosen if reached.get(str(mutant.number)) != "o"]  # no integers: no index
+    candidates = [mutant for mutant in chosen if str(mutant.number) in reached]
+    survivors = [mutant for mutant in chosen if str(mutant.number) not in reached]
+    print(f"the tests take {duration:.0f} s and reach {len(candidates)} of {len(chosen)} mutants", flush=True)
 
-    survivors = []
-    for mutant, caught in verdicts(candidates, options.jobs, round(10 + _PATIENCE * duration)):
-        print("caught  " if caught else "SURVIVES", mutant, flush=True)
-        if not caught:
+    kinds = Counter({"do not reach it": len(survivors)})
+    for mutant, kind in verdicts(candidates, options.jobs, round(10 + _PATIENCE * duration)):
+        print(f"{kind:8}", mutant, flush=True)
+        kinds[kind] += 1
+        if kind == "survives":
             survivors.append(mutant)
     survivors.sort(key=lambda mutant: mutant.number)
     print(f"{len(survivors)} survivors")
     print(*survivors, sep="\n")
     if not options.only:
-        write_record(_RECORD, len(candidates), survivors)
-    print(f"caught {len(candidates) - len(survivors)} of {len(candidates)}")
+        write_record(_RECORD, kinds, survivors)
+    print(f"caught {len(chosen) - len(survivors)} of {len(chosen)}")
 
 
 if __name__ == "__main__":

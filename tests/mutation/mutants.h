@@ -14,23 +14,27 @@
 
 namespace mutants {
 
-/// Which mutants could have made a difference; written to the file LLAVA_ST_MUTANTS_REACHED at the end.
+/// Which mutants the tests reach, and which are none because no integers are multiplied; written to the file
+/// LLAVA_ST_MUTANTS_REACHED at the end.
 class Reached {
  public:
-  LLAVA_ST_UNSEEN void note(int mutant) { reached_[mutant] = true; }
+  LLAVA_ST_UNSEEN void note(int mutant) { kinds_[mutant] = 'r'; }
+  LLAVA_ST_UNSEEN void note_other_type(int mutant) {
+    if (kinds_[mutant] == 0) kinds_[mutant] = 'o';
+  }
   ~Reached() {
     const char* const path = std::getenv("LLAVA_ST_MUTANTS_REACHED");
     FILE* const file = path != nullptr ? std::fopen(path, "w") : nullptr;
     if (file == nullptr) return;
     for (int mutant = 0; mutant < kMost; ++mutant) {
-      if (reached_[mutant]) std::fprintf(file, "%d\n", mutant);
+      if (kinds_[mutant] != 0) std::fprintf(file, "%d %c\n", mutant, kinds_[mutant]);
     }
     std::fclose(file);
   }
 
  private:
   static constexpr int kMost = 10000;
-  bool reached_[kMost] = {};
+  char kinds_[kMost] = {};
 };
 
 inline Reached reached;
@@ -90,6 +94,8 @@ struct Indexed {
   auto operator op(Indexed<MUTANT, A> left, B b) {                                  \
     if constexpr (std::is_integral_v<A> && std::is_integral_v<B>) {                 \
       if (alive(MUTANT)) return static_cast<decltype(left.a op b)>(left.a other b); \
+    } else {                                                                        \
+      reached.note_other_type(MUTANT);                                              \
     }                                                                               \
     return left.a op b;                                                             \
   }

@@ -25,6 +25,10 @@ class Mutant:
     def __str__(self) -> str:
         return f"{self.number:4} {self.file}:{self.line}: {self.rule}: {self.source.strip()}"
 
+    def name(self) -> str:
+        """What it is called wherever its line moves to."""
+        return f"{self.file}: {self.rule}: {self.source.strip()}"
+
 
 @dataclass(frozen=True)
 class Edit:
@@ -129,5 +133,6 @@ def rewrite(text: str, file: str, first: int) -> tuple[str, list[Mutant]]:
 def kernel_sources(csrc: Path) -> list[Path]:
     """What kernels are made of, and how they are launched; not the thin layer, which the emulator replaces."""
     layer = {"hardware.cuh", "async_copy.cuh", "matrix_product.cuh", "host.h"}
-    paths = [*csrc.glob("cuda/**/*.cuh"), *csrc.glob("cuda/*/*.h"), *csrc.glob("geometry/*.h")]
+    patterns = ("cuda/**/*.cuh", "cuda/*/*.h", "cuda/*/*.cu", "geometry/*.h")
+    paths = [path for pattern in patterns for path in csrc.glob(pattern)]
     return sorted(path for path in paths if path.name not in layer)

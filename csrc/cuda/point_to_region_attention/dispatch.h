@@ -16,11 +16,6 @@ inline TokenStrides strides_that_count(const int64_t* sizes, const int64_t* stri
   return {stride(0), stride(1), stride(2), stride(3), stride(4)};
 }
 
-inline TokenStrides contiguous_strides(Extent grid, int64_t heads, int64_t head_dim) {
-  const int64_t token = heads * head_dim;
-  return {grid.count() * token, grid.h * grid.w * token, grid.w * token, token, head_dim};
-}
-
 inline Extent clip(Extent region, Extent grid) {
   return {smaller(region.t, grid.t), smaller(region.h, grid.h), smaller(region.w, grid.w)};
 }
