@@ -2,12 +2,18 @@
 
 from . import nn, reference
 from .backends import BackendError, use_backend
-from .ops import point_to_region_attention, point_to_region_attention_packed, region_centers
+from .ops import (
+    neighboring_token_propagation,
+    point_to_region_attention,
+    point_to_region_attention_packed,
+    region_centers,
+)
 from .version import __version__
 
 __all__ = [
     "BackendError",
     "__version__",
+    "neighboring_token_propagation",
     "nn",
     "point_to_region_attention",
     "point_to_region_attention_packed",

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from .. import backends, library, reference
 from . import checks
-from .registration import add_rules, autocast, autocast_is_on, has_tangent, register_autocast, register_autograd
+from .registration import add_rules, autocast, autocast_is_on, is_transformed, register_autocast, register_autograd
 
 _DENSE = "point_to_region_attention"
 _PACKED = "point_to_region_attention_packed"
@@ -92,7 +92,7 @@ def point_to_region_attention_packed(
 
 
 def _run(op: str, tensors: tuple[Tensor, ...], others: tuple[Any, ...], plain: Callable[..., Tensor]) -> Tensor:
-    if not torch.compiler.is_compiling() and _transformed(*tensors):
+    if not torch.compiler.is_compiling() and is_transformed(*tensors):
         return plain(*tensors, *others)
     if tensors[0].is_meta:
         return getattr(torch.ops.llava_st, op)(*tensors, *others)  # shapes alone: the op's fake
@@ -112,19 +112,6 @@ def _run(op: str, tensors: tuple[Tensor, ...], others: tuple[Any, ...], plain: C
         if "out of memory allocating" in str(error) and not isinstance(error, torch.OutOfMemoryError):
             raise torch.OutOfMemoryError(str(error)) from None  # the type is lost at the libraries' C boundary
         raise
-
-
-def _transformed(*tensors: Tensor) -> bool:
-    """Whether derivatives are taken in a way that only plain PyTorch supports: forward mode, torch.func.grad, ..."""
-    if has_tangent(*tensors):
-        return True
-    functorch = torch._C._functorch
-    for tensor in tensors:
-        while functorch.is_functorch_wrapped_tensor(tensor):
-            if functorch.is_gradtrackingtensor(tensor):
-                return True
-            tensor = functorch.get_unwrapped(tensor)
-    return False
 
 
 # Checks and fakes ---------------------------------------------------------------------------------------------------

@@ -49,6 +49,19 @@ def has_tangent(*values: object) -> bool:
     return any(isinstance(v, Tensor) and forward_ad.unpack_dual(v).tangent is not None for v in values)
 
 
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether derivatives are taken in a way that only plain PyTorch supports: forward mode, torch.func.grad, ..."""
+    if has_tangent(*tensors):
+        return True
+    functorch = torch._C._functorch
+    for tensor in tensors:
+        while functorch.is_functorch_wrapped_tensor(tensor):
+            if functorch.is_gradtrackingtensor(tensor):
+                return True
+            tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
 def _needs_gradient(values: tuple[object, ...]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
 
@@ -115,6 +128,32 @@ def register_autograd(
 
     registry.impl(op._schema.name, autograd_kernel(ForwardFunction, op), "Autograd")
     registry.impl(backward_op._schema.name, autograd_kernel(BackwardFunction, backward_op), "Autograd")
+
+
+def register_self_adjoint(registry: torch.library.Library, op: torch._ops.OpOverload) -> None:
+    """Differentiates `op(x)`, a linear map that is its own adjoint, by itself, any number of times."""
+    name = op._schema.name.split("::")[1]
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(x)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return op(grad)
+
+    def kernel(x: Tensor) -> Tensor:
+        tangent = has_tangent(x)
+        if not tangent and not _needs_gradient((x,)):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(x)
+        if tangent or torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(_NO_TRANSFORMS.format(op=op, name=name))
+        return Function.apply(x)
+
+    registry.impl(op._schema.name, kernel, "Autograd")
 
 
 def autocast_is_on(device_type: str) -> bool:

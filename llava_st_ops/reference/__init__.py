@@ -1,9 +1,19 @@
 """The ops in plain PyTorch: the definition of right, and the fallback where no kernel runs.
 
-Imports nothing of the rest of the package. Every function works on any device and dtype, computes in the dtype of its
-inputs, and differentiates (twice, and in forward mode) by PyTorch's own rules.
+Imports nothing of the rest of the package. Every function works on any device and floating point dtype and
+differentiates, twice and in forward mode. Attention computes in the dtype of its inputs, the rest in float32 or better.
 """
 
+from .coordinate_loss import coordinate_cross_entropy
+from .lape import (
+    interpolate_rows,
+    lape_add,
+    lape_add_packed,
+    lape_scatter,
+    neighboring_token_propagation,
+    propagate_to_neighbors,
+    resize_table,
+)
 from .point_to_region_attention import (
     point_to_region_attention,
     point_to_region_attention_backward,
@@ -13,9 +23,17 @@ from .point_to_region_attention import (
 from .region_centers import region_centers
 
 __all__ = [
+    "coordinate_cross_entropy",
+    "interpolate_rows",
+    "lape_add",
+    "lape_add_packed",
+    "lape_scatter",
+    "neighboring_token_propagation",
     "point_to_region_attention",
     "point_to_region_attention_backward",
     "point_to_region_attention_packed",
     "point_to_region_attention_packed_backward",
+    "propagate_to_neighbors",
     "region_centers",
+    "resize_table",
 ]

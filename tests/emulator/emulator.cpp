@@ -246,8 +246,8 @@ class Launch {
       if (self().status == Status::kAtBarrier) meet_in_block();
     }
     for (const Thread& each : threads_) {
-      if (each.status != Status::kExited)
-        throw KernelError(place() + ": threads diverge: " + whereabouts() + seed_text());
+      if (each.status == Status::kExited) continue;
+      throw KernelError(place() + ": threads diverge: " + whereabouts() + seed_text());
     }
     if (!pending_.empty()) {
       throw KernelError(place() + ", thread " + std::to_string(pending_[0].thread) +
@@ -298,7 +298,8 @@ class Launch {
   void check_pending_copies(uintptr_t begin, size_t bytes, Use use, const void* code) {
     for (const PendingCopy& copy : pending_) {
       const bool target = overlap(begin, bytes, copy.to, copy.bytes);
-      const bool source = use != Use::kRead && copy.from != 0 && overlap(begin, bytes, copy.from, copy.bytes);
+      const bool changes = use == Use::kWrite || use == Use::kAtomic;
+      const bool source = changes && copy.from != 0 && overlap(begin, bytes, copy.from, copy.bytes);
       if (!target && !source) continue;
       fail("uses " + std::to_string(bytes) + " bytes at " + source_line(code) + " that are the " +
            (target ? "target" : "source") + " of an asynchronous copy, which thread " + std::to_string(copy.thread) +

@@ -1,10 +1,10 @@
 // The right twins of the emulator's zoo (tests/emulator/zoo.cuh) for a GPU: what the emulator says of the hardware is
 // compared with the hardware.
-#include "zoo.cuh"
-
 #include <cuda_runtime_api.h>
 
 #include <cstring>
+
+#include "zoo.cuh"
 
 using namespace llava_st::cuda;
 

@@ -27,7 +27,7 @@ _KERNELS = {  # the slowest to compile come first
     _CSRC / "cpu" / "attention_baseline.cpp": (),
     _CSRC / "cpu" / "attention_avx2.cpp": _AVX2 if platform.machine() in ("x86_64", "AMD64") else (),
 }
-_DRIVER = (_HERE / "cpu_kernels.cpp", _HERE / "geometry.cpp")
+_DRIVER = (_HERE / "cpu_kernels.cpp", _HERE / "geometry.cpp", _HERE / "neighbors.cpp")
 
 
 class MissingRuntimeError(Exception):

@@ -23,4 +23,7 @@ inline void check(bool holds, const char* what) {
 /// Checks all of csrc/geometry on small grids; returns how many grids, with regions, there were.
 int64_t check_geometry();
 
+/// Checks the propagation to neighbours.
+void check_neighbors();
+
 }  // namespace llava_st::tests

@@ -163,6 +163,7 @@ int64_t check_case(const Case& a) {
 int check_everything() {
   int64_t runs = 0;
   const int64_t grids = check_geometry();
+  check_neighbors();
   for (const Case& a : kCases) {
     runs += check_case<float>(a) + check_case<double>(a) + check_case<BFloat16>(a) + check_case<Float16>(a);
   }
