@@ -4,6 +4,6 @@ Importing this package does not import Triton, which need not be installed; the 
 """
 
 from .point_to_region_attention import backward, forward, packed_backward, packed_forward
-from .propagate_to_neighbors import propagate_to_neighbors
+from .propagation import propagate_to_neighbors
 
 __all__ = ["backward", "forward", "packed_backward", "packed_forward", "propagate_to_neighbors"]

@@ -79,16 +79,13 @@ std::vector<Sizes> places(Sizes size, const std::vector<int64_t>& numbers) {
 
 PYBIND11_MODULE(emulated_kernels, module) {
   py::register_exception<emulator::KernelError>(module, "KernelError", PyExc_RuntimeError);
-  using emulator::Settings, emulator::Statistics;
+  using emulator::Settings;
   py::class_<Settings>(module, "Settings")
       .def_readwrite("seed", &Settings::seed)
       .def_readwrite("max_blocks", &Settings::max_blocks)
       .def_readwrite("tensors_on_device", &Settings::tensors_on_device);
-  py::class_<Statistics>(module, "Statistics")
-      .def_readonly("launches", &Statistics::launches)
-      .def_readonly("threads", &Statistics::threads);
   module.attr("settings") = py::cast(&emulator::settings(), py::return_value_policy::reference);
-  module.attr("statistics") = py::cast(&emulator::statistics(), py::return_value_policy::reference);
+  module.def("launches", [] { return emulator::launches(); });
 
   py::dict wrong, right;
   zoo::visit_zoo([&]<auto wrong_kernel, auto right_kernel>(const char* name, int64_t blocks) {

@@ -88,7 +88,7 @@ std::string kernel_name(const std::string& signature) {
 
 Memory memory;
 Settings current_settings;
-Statistics current_statistics;
+std::map<std::string, int64_t> current_launches;
 std::string undefined_in_launcher;
 
 /// Fibres are kept from launch to launch.
@@ -379,7 +379,7 @@ void report_undefined_behaviour(const char* what, const char* file, int line) {
 }
 
 Settings& settings() { return current_settings; }
-Statistics& statistics() { return current_statistics; }
+std::map<std::string, int64_t>& launches() { return current_launches; }
 
 void allow_reading(const void* data, size_t bytes) { memory.allow(data, bytes, Space::kInput, "an input"); }
 void allow_writing(void* data, size_t bytes) { memory.allow(data, bytes, Space::kResult, "a result"); }
@@ -404,8 +404,7 @@ std::mutex& lock() {
 void run(const char* kernel, int64_t blocks, int threads, void (*body)(const void*), const void* arguments) {
   if (blocks <= 0) throw KernelError(kernel_name(kernel) + ": a launch of " + std::to_string(blocks) + " blocks");
   Launch launch(kernel, blocks, threads, [=] { body(arguments); }, current_settings.seed++);
-  ++current_statistics.launches;
-  current_statistics.threads += blocks * threads;
+  ++current_launches[kernel_name(kernel)];
   struct Current {
     explicit Current(Launch* of) { current = of; }
     ~Current() { current = nullptr; }

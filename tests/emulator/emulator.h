@@ -9,9 +9,11 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <mutex>
 #include <source_location>
 #include <stdexcept>
+#include <string>
 
 namespace emulator {
 
@@ -35,13 +37,8 @@ struct Settings {
 
 Settings& settings();
 
-/// How many launches there were, and how many threads ran in them.
-struct Statistics {
-  int64_t launches = 0;
-  int64_t threads = 0;
-};
-
-Statistics& statistics();
+/// How often each kernel was launched.
+std::map<std::string, int64_t>& launches();
 
 /// Memory that kernels may use, until `forget_memory`. What is neither this, nor shared memory, nor a thread's own
 /// stack is out of bounds.

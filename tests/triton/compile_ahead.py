@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from llava_st_ops.triton import point_to_region_attention as launcher
+from llava_st_ops.triton import propagation
 from tests.attention_cases import Case
 
 # The paper's shape has eight heads of 128: spatial, temporal and joint stream.
@@ -72,7 +73,10 @@ def main(capability: int) -> None:
         record["barriers"] = compiled.asm["ptx"].count("bar.sync")
         print(json.dumps(record | _resources(compiled.asm["cubin"])), flush=True)
 
-    launcher._launch = compile_only
+    launcher._launch = propagation._launch = compile_only
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        name = "paper's tables"
+        propagation.propagate_to_neighbors(torch.empty(100, 3584, dtype=dtype))
     for name, case in CASES.items():
         for dtype in DTYPES.get(name, (torch.bfloat16,)):
             query, key = (torch.empty(shape, dtype=dtype) for shape in (case.query_shape, case.key_shape))

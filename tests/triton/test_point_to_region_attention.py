@@ -332,6 +332,7 @@ def test_compiles_for_a_gpu_that_is_not_there(tmp_path):
     records = [json.loads(line) for line in run.stdout.splitlines()]
     dtypes = {record["dtype"] for record in records if record["case"] == "spatial"}
     assert dtypes == {"torch.float32", "torch.float16", "torch.bfloat16"}
+    assert {record["dtype"] for record in records if record["kernel"] == "propagate_kernel"} == dtypes
     for record in records:
         assert record["stack"] <= 64, record
         if record["kernel"] not in ("forward_kernel", "backward_kernel"):

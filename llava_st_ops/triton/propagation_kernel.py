@@ -16,15 +16,16 @@ def propagate_kernel(x, y, before, rows, channels, row_stride, channel_stride, B
     exists = channel < channels
     sums = tl.zeros((BLOCK,), tl.float32)
     column = x + channel.to(tl.int64) * channel_stride
-    for i in range(rows):
-        here = tl.load(column + tl.cast(i, tl.int64) * row_stride, mask=exists, other=0.0)
+    for step in range(rows):
+        row = tl.cast(step, tl.int64)
+        here = tl.load(column + row * row_stride, mask=exists, other=0.0)
         sums = sums * 0.5 + here.to(tl.float32)
-        tl.store(before + tl.cast(i, tl.int64) * channels + channel, sums, mask=exists)
+        tl.store(before + row * channels + channel, sums, mask=exists)
     tl.debug_barrier()  # other threads may read what these have stored
     sums = tl.zeros((BLOCK,), tl.float32)
-    for back in range(rows):
-        i = tl.cast(rows - 1 - back, tl.int64)
-        here = tl.load(column + i * row_stride, mask=exists, other=0.0)
+    for step in range(rows):
+        row = tl.cast(rows - 1 - step, tl.int64)
+        here = tl.load(column + row * row_stride, mask=exists, other=0.0)
         sums = sums * 0.5 + here.to(tl.float32)
-        total = tl.load(before + i * channels + channel, mask=exists, other=0.0) + sums
-        tl.store(y + i * channels + channel, total.to(y.dtype.element_ty), mask=exists)
+        total = tl.load(before + row * channels + channel, mask=exists, other=0.0) + sums
+        tl.store(y + row * channels + channel, total.to(y.dtype.element_ty), mask=exists)

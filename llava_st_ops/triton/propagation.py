@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from typing import Any
 
 import torch
@@ -12,21 +11,20 @@ from torch import Tensor
 _CHANNELS = 128  # per program
 
 
-@functools.cache
-def _kernel() -> Any:
-    from .propagate_to_neighbors_kernel import propagate_kernel
-
-    return propagate_kernel
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    kernel[grid](*arguments, **options)
 
 
 def propagate_to_neighbors(x: Tensor) -> Tensor:
     """`[n, C] -> [n, C]`, contiguous; `x` may be strided in any way."""
+    from .propagation_kernel import propagate_kernel
+
     rows, channels = x.shape
     y = torch.empty((rows, channels), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
     before = torch.empty((rows, channels), dtype=torch.float32, device=x.device)
+    grid = (-(-channels // _CHANNELS),)
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        programs = -(-channels // _CHANNELS)
-        _kernel()[(programs,)](x, y, before, rows, channels, *x.stride(), BLOCK=_CHANNELS, num_warps=4)
+        _launch(propagate_kernel, grid, x, y, before, rows, channels, *x.stride(), BLOCK=_CHANNELS, num_warps=4)
     return y

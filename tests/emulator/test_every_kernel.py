@@ -1,0 +1,55 @@
+"""No CUDA kernel is left out: whatever is in csrc/cuda runs in the emulator, in every dtype that it has."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from llava_st_ops import neighboring_token_propagation
+from tests.attention_cases import Case, gradients
+from tests.emulator.backend import DTYPES, emulated
+from tests.emulator.build import load, source_folder
+
+_ELEMENTS = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Float16"}
+_OF_NO_DTYPE = {"locate_videos"}  # it reads grids: int32 or int64
+
+
+def kernels_in_sources() -> set[str]:
+    kernel = re.compile(r"LLAVA_ST_GLOBAL void (?:LLAVA_ST_LAUNCH_BOUNDS\(.*\)\s+)?(\w+)\(")
+    texts = [path.read_text() for path in (source_folder() / "cuda").rglob("*.cuh")]
+    return {name for text in texts for name in kernel.findall(text)}
+
+
+def run_every_op(dtype: torch.dtype, grids: torch.dtype) -> None:
+    """A call and its gradient of each op that has a CUDA kernel. A new one belongs here."""
+    with emulated(str(dtype)) as ops:
+        case = Case(1, (2, 3, 3), (1, 3, 3), 1, 8)
+        inputs = case.inputs(dtype)
+        gradients(lambda *x: ops.point_to_region_attention(*x, case.region), inputs, torch.ones_like(inputs[0]))
+        packed = [x.flatten(0, 3) for x in inputs]
+        grid_thw = torch.tensor([case.grid], dtype=grids)
+        gradients(
+            lambda *x: ops.point_to_region_attention_packed(*x, grid_thw, case.region),
+            packed,
+            torch.ones_like(packed[0]),
+        )
+        table = torch.ones(3, 4, dtype=dtype)
+        gradients(neighboring_token_propagation, [table], torch.ones_like(table))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_kernel_runs(dtype):
+    kernels = kernels_in_sources()
+    assert {"attention_forward", "attention_backward"} < kernels
+    before = load().launches()
+    for grids in (torch.int32, torch.int64):
+        run_every_op(dtype, grids)
+    launched = {name for name, count in load().launches().items() if count > before.get(name, 0)}
+    for kernel in kernels:
+        of_kernel = [name for name in launched if re.search(rf"\b{kernel}<", name)]
+        if kernel not in _OF_NO_DTYPE:
+            of_kernel = [name for name in of_kernel if re.search(rf"\b{_ELEMENTS[dtype]}\b", name)]
+        assert of_kernel, f"{kernel} did not run in {dtype}; run_every_op should call its op"
+    assert sum("locate_videos<" in name for name in launched) == 2
