@@ -9,7 +9,7 @@ import torch
 from . import backends, library
 from .version import __version__
 
-OPS = ("point_to_region_attention", "point_to_region_attention_packed")
+OPS = ("point_to_region_attention", "point_to_region_attention_packed", "propagate_to_neighbors")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

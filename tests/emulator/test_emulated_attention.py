@@ -210,14 +210,19 @@ def test_packed(grids, region, dtype):
     )
 
 
-@pytest.mark.parametrize("region", [(1, 3, 3), (2, 2, 2)], ids=str)
-def test_packed_with_grids_on_the_host(region):
-    """They are checked there and copied to the device; no kernel looks for where videos begin."""
-    grids = PACKED[1]
+# Videos that are longest along one axis, and regions that reach beyond them, or have many keys along one axis alone.
+LONG = [[(12, 1, 2)], [(1, 12, 2), (2, 3, 1)], [(2, 1, 12), (1, 1, 1)]]
+
+
+@pytest.mark.parametrize("on_device", [True, False], ids=["device", "host"])
+@pytest.mark.parametrize("grids", [PACKED[1], *LONG], ids=str)
+@pytest.mark.parametrize("region", [(1, 3, 3), (2, 2, 2), (12, 1, 1), (1, 12, 1), (1, 1, 12), (20, 20, 20)], ids=str)
+def test_packed_videos_and_regions_of_all_forms(region, grids, on_device):
+    """Grids on the host are checked there and copied: no kernel looks for where videos begin."""
     keys, queries = tokens_and_regions(grids, region)
     inputs = packed_inputs(queries, keys, 2, 24, torch.float32)
     grid_thw = torch.tensor(grids)
-    with emulated(tensors_on_device=False):
+    with emulated(tensors_on_device=on_device):
         assert_matches_reference(attention(region, grid_thw=grid_thw), packed_reference(grid_thw, region), inputs)
 
 
