@@ -36,6 +36,15 @@ def install() -> Any:
 
 
 @contextmanager
+def launched() -> Iterator[list[str]]:
+    """The names of the kernels that are launched meanwhile, once each; filled at the end."""
+    names: list[str] = []
+    before = load().launches()
+    yield names
+    names += [name for name, count in load().launches().items() if count > before.get(name, 0)]
+
+
+@contextmanager
 def emulated(name: str = "", **settings: Any) -> Iterator[Any]:
     """Forces the backend; the order of threads is drawn from a seed that `name` determines.
 

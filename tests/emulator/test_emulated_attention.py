@@ -6,6 +6,7 @@ They run in the emulator. The tests of all backends (tests/ops) run there too; t
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tests.attention_cases import (
     gradients,
     packed_reference,
 )
-from tests.emulator.backend import DTYPES, NAMESPACE, emulated
+from tests.emulator.backend import DTYPES, NAMESPACE, emulated, launched
 from tests.emulator.build import load
 
 pytestmark = pytest.mark.usefixtures("poisoned_results")
@@ -44,6 +45,14 @@ def attention(region, scale=None, grid_thw=None):
     if grid_thw is None:
         return lambda *tensors: ops.point_to_region_attention(*tensors, list(region), scale)
     return lambda *tensors: ops.point_to_region_attention_packed(*tensors, grid_thw, list(region), scale)
+
+
+def layouts(names) -> set[str]:
+    """Of the attention kernels among them: elements, lanes, vectors and steps, and whether a chunk holds all keys."""
+    found = [
+        re.search(r"attention_\w+<.*Layout<[\w:]+, (\d+), (\d+), (\d+), (\d+), (true|false)>", name) for name in names
+    ]
+    return {" ".join([*match.groups()[:4], "many" if match[5] == "true" else "few"]) for match in found if match}
 
 
 def check_dense(case: Case, dtype: torch.dtype, scale: float | None = None, seed: int = 0) -> None:
@@ -109,7 +118,22 @@ def test_views_into_nan(dtype, at, spare, vectors, region):
     inputs = [in_nan(x, at, spare) for x in case.inputs(dtype)]
     elements = 16 // dtype.itemsize
     assert vectors == all(x.data_ptr() % 16 == 0 and not any(s % elements for s in x.stride()[:-1]) for x in inputs)
-    assert_matches_reference(attention(region), dense_reference(region), inputs)
+    with launched() as names:
+        assert_matches_reference(attention(region), dense_reference(region), inputs)
+    assert layouts(names) == {load().layout(str(dtype), 24, vectors, math.prod(region))}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sizes_of_one_have_no_stride(dtype):
+    """Whatever it is: it does not keep rows from being read in vectors."""
+    case = Case(1, (1, 3, 3), (1, 3, 3), 1, 24)
+    inputs = [
+        x.as_strided(x.shape, [s if n > 1 else 3 for n, s in zip(x.shape, x.stride(), strict=True)])
+        for x in case.inputs(dtype)
+    ]
+    with launched() as names:
+        assert_matches_reference(attention(case.region), dense_reference(case.region), inputs)
+    assert layouts(names) == {load().layout(str(dtype), 24, True, 9)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -222,8 +246,11 @@ def test_packed_videos_and_regions_of_all_forms(region, grids, on_device):
     keys, queries = tokens_and_regions(grids, region)
     inputs = packed_inputs(queries, keys, 2, 24, torch.float32)
     grid_thw = torch.tensor(grids)
-    with emulated(tensors_on_device=on_device):
+    longest = grid_thw[grid_thw.prod(1) > 0].amax(0).tolist() if not on_device else [keys] * 3
+    most_keys = min(keys, math.prod(map(min, region, longest)))
+    with emulated(tensors_on_device=on_device), launched() as names:
         assert_matches_reference(attention(region, grid_thw=grid_thw), packed_reference(grid_thw, region), inputs)
+    assert layouts(names) == {load().layout("torch.float32", 24, True, most_keys)}
 
 
 def test_packed_more_videos_than_threads():

@@ -9,8 +9,8 @@ import torch
 
 from llava_st_ops import neighboring_token_propagation
 from tests.attention_cases import Case, gradients
-from tests.emulator.backend import DTYPES, emulated
-from tests.emulator.build import load, source_folder
+from tests.emulator.backend import DTYPES, emulated, launched
+from tests.emulator.build import source_folder
 
 _ELEMENTS = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Float16"}
 _OF_NO_DTYPE = {"locate_videos"}  # it reads grids: int32 or int64
@@ -43,13 +43,12 @@ def run_every_op(dtype: torch.dtype, grids: torch.dtype) -> None:
 def test_every_kernel_runs(dtype):
     kernels = kernels_in_sources()
     assert {"attention_forward", "attention_backward"} < kernels
-    before = load().launches()
-    for grids in (torch.int32, torch.int64):
-        run_every_op(dtype, grids)
-    launched = {name for name, count in load().launches().items() if count > before.get(name, 0)}
+    with launched() as names:
+        for grids in (torch.int32, torch.int64):
+            run_every_op(dtype, grids)
     for kernel in kernels:
-        of_kernel = [name for name in launched if re.search(rf"\b{kernel}<", name)]
+        of_kernel = [name for name in names if re.search(rf"\b{kernel}<", name)]
         if kernel not in _OF_NO_DTYPE:
             of_kernel = [name for name in of_kernel if re.search(rf"\b{_ELEMENTS[dtype]}\b", name)]
         assert of_kernel, f"{kernel} did not run in {dtype}; run_every_op should call its op"
-    assert sum("locate_videos<" in name for name in launched) == 2
+    assert sum("locate_videos<" in name for name in names) == 2
