@@ -136,6 +136,26 @@ def test_sizes_of_one_have_no_stride(dtype):
     assert layouts(names) == {load().layout(str(dtype), 24, True, 9)}
 
 
+@pytest.mark.parametrize("axis", range(5))
+@pytest.mark.parametrize("which", range(3))
+def test_one_unaligned_stride(axis, which):
+    """Of one axis of one tensor: rows that are not aligned are read element by element."""
+    case = Case(2, (2, 4, 4), (1, 2, 2), 2, 8)
+    inputs = case.inputs(torch.float32)
+    shape = inputs[which].shape
+    others = [dim for dim in range(5) if dim != axis]
+    strides = [1] * 6
+    for place, dim in enumerate([*others, axis]):
+        strides[dim] = 8 * 8**place + (dim == axis)  # no size is above 8, so that nothing overlaps
+    view = torch.full([sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1], NAN).as_strided(
+        shape, strides
+    )
+    inputs[which] = view.copy_(inputs[which])
+    with launched() as names:
+        assert_matches_reference(attention(case.region), dense_reference(case.region), inputs)
+    assert {layout[0] for layout in layouts(names)} == {"1"}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_permuted_and_expanded(dtype):
     case = Case(2, (3, 5, 4), (2, 2, 3), 2, 16)
