@@ -10,7 +10,7 @@ constexpr int64_t kChannels = 32;
 
 /// Adds up, for `channels` columns of `rows` rows, what comes from the rows before and what from the rows after: with
 /// f_i = x_i + f_(i-1) / 2 and b_i = x_i + b_(i+1) / 2, y_i is f_i + b_i. `S` is what is computed in; `before` holds
-/// rows * kChannels of it. The rows of y are `stride` apart as well.
+/// rows * kChannels of it.
 template <class S, class T>
 void propagate(const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t rows, int64_t channels, S* before) {
   S sum[kChannels] = {};

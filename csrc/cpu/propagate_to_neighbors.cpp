@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "../geometry/regions.h"
 #include "../propagation_call.h"
 #include "neighbor_kernel.h"
 
@@ -18,7 +19,7 @@ void run(const Tensor& x, Tensor& y) {
   const int64_t rows = x.size(0), channels = x.size(1), stride = x.stride(0);
   const T* const from = static_cast<const T*>(x.const_data_ptr());
   T* const to = static_cast<T*>(y.mutable_data_ptr());
-  const int64_t tiles = (channels + cpu::kChannels - 1) / cpu::kChannels;
+  const int64_t tiles = ceil_div(channels, cpu::kChannels);
   const Tensor scratch = allocate(kPropagateToNeighbors, "scratch memory", {tiles * rows * cpu::kChannels}, x,
                                   std::is_same_v<S, double> ? ScalarType::Double : ScalarType::Float);
   S* const before = static_cast<S*>(const_cast<void*>(scratch.const_data_ptr()));

@@ -30,7 +30,7 @@ extern AddressRange stack;
 /// Ends the launch if the running thread may not make this access.
 void check_access(const void* address, size_t bytes, Use use, const void* code);
 
-/// Ends the launch; what a launcher does ends the next one.
+/// Ends the launch; for what a launcher does, check_launchers throws.
 void report_undefined_behaviour(const char* what, const char* file, int line);
 
 }  // namespace emulator
