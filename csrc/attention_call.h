@@ -4,8 +4,7 @@
 #include <cmath>
 #include <optional>
 
-#include "checks.h"
-#include "geometry/regions.h"
+#include "grids.h"
 
 namespace llava_st {
 
@@ -90,53 +89,17 @@ inline PackedCall check_packed(const char* op, const Tensor& query, const Tensor
   check_head_dim(op, call.head_dim);
   call.scale = check_scale(op, scale, call.head_dim);
 
-  const bool integral = grid_thw.scalar_type() == ScalarType::Int || grid_thw.scalar_type() == ScalarType::Long;
-  LLAVA_ST_CHECK(integral, op, ": grid_thw must be int32 or int64, got ", to_text(grid_thw.scalar_type()));
-  LLAVA_ST_CHECK(grid_thw.dim() == 2 && grid_thw.size(1) == 3, op,
-                 ": grid_thw must have shape [videos, 3] (time, height, width), got ", to_text(grid_thw.sizes()));
-  LLAVA_ST_CHECK(grid_thw.is_cpu() || same_device(grid_thw, query), op,
-                 ": grid_thw must be on the CPU or on the device of query, ", device_text(query), ", got ",
-                 device_text(grid_thw));
+  check_grid_thw(op, grid_thw, {"query", query});
   call.videos = grid_thw.size(0);
   return call;
 }
 
-/// The grids of a packed batch and where each video begins, with one more offset for the totals.
-struct PackedGrids {
-  std::vector<Extent> grids;
-  std::vector<PackedOffset> offsets;
-};
-
 /// Reads and checks a `grid_thw` that lives on the CPU.
 inline PackedGrids read_grids(const char* op, const Tensor& grid_thw, const PackedCall& call) {
-  const auto read = [&](int64_t video, int64_t axis) -> int64_t {
-    const int64_t at = video * grid_thw.stride(0) + axis * grid_thw.stride(1);
-    return grid_thw.scalar_type() == ScalarType::Long ? static_cast<const int64_t*>(grid_thw.const_data_ptr())[at]
-                                                      : static_cast<const int32_t*>(grid_thw.const_data_ptr())[at];
-  };
-  PackedGrids packed;
-  packed.grids.reserve(call.videos);
-  packed.offsets.reserve(call.videos + 1);
-  PackedOffset end = {0, 0};
-  for (int64_t video = 0; video < call.videos; ++video) {
-    const Extent grid = {read(video, 0), read(video, 1), read(video, 2)};
-    LLAVA_ST_CHECK(grid.t >= 0 && grid.h >= 0 && grid.w >= 0, op, ": grid_thw must not be negative, got [", grid.t,
-                   ", ", grid.h, ", ", grid.w, "] for video ", video);
-    packed.grids.push_back(grid);
-    packed.offsets.push_back(end);
-    int64_t tokens;
-    const bool fits = !__builtin_mul_overflow(grid.t, grid.h, &tokens) &&
-                      !__builtin_mul_overflow(tokens, grid.w, &tokens) &&
-                      !__builtin_add_overflow(end.key, tokens, &end.key) && end.key <= call.keys;
-    LLAVA_ST_CHECK(fits, op, ": grid_thw must add up to the ", call.keys, " tokens of key, but its first ", video + 1,
-                   " rows hold more");
-    if (tokens > 0) end.query += regions_of(grid, call.region).count();
-  }
-  packed.offsets.push_back(end);
-  LLAVA_ST_CHECK(end.key == call.keys, op, ": grid_thw must add up to the ", call.keys, " tokens of key, got ",
-                 end.key);
-  LLAVA_ST_CHECK(end.query == call.queries, op, ": query must have one row per region of grid_thw, ", end.query,
-                 ", got ", call.queries);
+  PackedGrids packed = read_grids(op, grid_thw, call.region, call.keys, "key");
+  const int64_t queries = packed.offsets.back().query;
+  LLAVA_ST_CHECK(queries == call.queries, op, ": query must have one row per region of grid_thw, ", queries, ", got ",
+                 call.queries);
   return packed;
 }
 

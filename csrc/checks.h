@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -50,6 +52,12 @@ inline std::string to_text(ScalarType dtype) {
       return "float16";
     case ScalarType::BFloat16:
       return "bfloat16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
     default:
       return "scalar type number " + std::to_string(static_cast<int>(dtype));
   }
@@ -88,6 +96,15 @@ inline void check_shape(const char* op, Argument argument, const std::vector<int
   bool equal = sizes.size() == expected.size();
   for (size_t i = 0; equal && i < expected.size(); ++i) equal = sizes[i] == expected[i];
   LLAVA_ST_CHECK(equal, op, ": ", argument.name, " must have shape ", to_text(expected), ", got ", to_text(sizes));
+}
+
+/// That no two entries share memory, as those of expanded tensors do: what is written in place must have its own.
+inline void check_no_overlap(const char* op, Argument argument) {
+  for (int64_t dim = 0; dim < argument.tensor.dim(); ++dim) {
+    LLAVA_ST_CHECK(argument.tensor.size(dim) <= 1 || argument.tensor.stride(dim) != 0, op, ": ", argument.name,
+                   " must have memory for every entry, got an expanded tensor with strides ",
+                   to_text(argument.tensor.strides()));
+  }
 }
 
 /// Allocates like `torch.empty`. What went wrong in an allocation is lost at the C boundary of the stable ABI, so the

@@ -3,6 +3,11 @@
 from . import nn, reference
 from .backends import BackendError, use_backend
 from .ops import (
+    coordinate_cross_entropy,
+    lape_add,
+    lape_add_,
+    lape_add_packed,
+    lape_scatter,
     neighboring_token_propagation,
     point_to_region_attention,
     point_to_region_attention_packed,
@@ -13,6 +18,11 @@ from .version import __version__
 __all__ = [
     "BackendError",
     "__version__",
+    "coordinate_cross_entropy",
+    "lape_add",
+    "lape_add_",
+    "lape_add_packed",
+    "lape_scatter",
     "neighboring_token_propagation",
     "nn",
     "point_to_region_attention",

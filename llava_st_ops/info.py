@@ -9,7 +9,16 @@ import torch
 from . import backends, library
 from .version import __version__
 
-OPS = ("point_to_region_attention", "point_to_region_attention_packed", "propagate_to_neighbors")
+OPS = (
+    "point_to_region_attention",
+    "point_to_region_attention_packed",
+    "propagate_to_neighbors",
+    "lape_add",
+    "lape_add_",
+    "lape_add_packed",
+    "lape_scatter",
+    "coordinate_cross_entropy",
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

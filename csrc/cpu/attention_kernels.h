@@ -123,23 +123,6 @@ class Scratch {
   S* memory_;
 };
 
-/// Runs `work(begin, end)` over all units in parallel. `work` returns false when it found no memory.
-template <class Work>
-bool run_parallel(const cpu::ParallelLoop& loop, int64_t units, const Work& work) {
-  struct Context {
-    const Work& work;
-    bool failed;
-  } context = {work, false};
-  loop.run(
-      units,
-      [](int64_t begin, int64_t end, void* opaque) {
-        auto* context = static_cast<Context*>(opaque);
-        if (!context->work(begin, end)) __atomic_store_n(&context->failed, true, __ATOMIC_RELAXED);
-      },
-      &context);
-  return !context.failed;
-}
-
 template <class T>
 bool forward(const AttentionProblem& problem, const cpu::ForwardOperands& operands, const cpu::ParallelLoop& loop) {
   using S = Scalar<T>;
@@ -147,7 +130,7 @@ bool forward(const AttentionProblem& problem, const cpu::ForwardOperands& operan
   const S scale = static_cast<S>(problem.scale);
   const Cut cut(problem, loop.threads, 2 * problem.heads * dim * sizeof(S));
 
-  return run_parallel(loop, cut.units(problem), [&](int64_t begin, int64_t end) {
+  return cpu::run_parallel(loop, cut.units(problem), [&](int64_t begin, int64_t end) {
     const int64_t most_rows = cut.regions * cut.most_heads(problem);
     Scratch<S> scratch(ScoreRows<S>::reserve(most_rows, problem.largest_region), 2 * most_rows, dim);
     if (scratch.failed()) return false;
@@ -187,7 +170,7 @@ bool backward_with(const AttentionProblem& problem, const cpu::BackwardOperands&
   const S scale = static_cast<S>(problem.scale);
   const Cut cut(problem, loop.threads, 3 * problem.heads * dim * sizeof(S));
 
-  return run_parallel(loop, cut.units(problem), [&](int64_t begin, int64_t end) {
+  return cpu::run_parallel(loop, cut.units(problem), [&](int64_t begin, int64_t end) {
     const int64_t most_rows = cut.regions * cut.most_heads(problem);
     const int64_t most_scores = ScoreRows<S>::reserve(most_rows, problem.largest_region);
     Scratch<S> scratch(2 * most_scores, 3 * most_rows, dim);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../geometry/regions.h"
+#include "parallel_loop.h"
 
 namespace llava_st::cpu {
 
@@ -39,19 +40,9 @@ struct BackwardOperands {
   Operand grad_query, grad_key, grad_value;
 };
 
-/// `loop(n, body, context)` calls `body(begin, end, context)` over parts of [0, n), perhaps on several threads. Kernels
-/// take it as a parameter: inside torch it is torch's pool, in the thread sanitizer's tests plain threads.
-using LoopBody = void (*)(int64_t begin, int64_t end, void* context);
-struct ParallelLoop {
-  void (*run)(int64_t n, LoopBody body, void* context);
-  int64_t threads;
-};
-
 /// Both return false when scratch memory could not be had (errors must not cross the loop).
 using Forward = bool (*)(const AttentionProblem&, const ForwardOperands&, const ParallelLoop&);
 using Backward = bool (*)(const AttentionProblem&, const BackwardOperands&, const ParallelLoop&);
-
-enum Element { kFloat, kDouble, kBFloat16, kFloat16, kElements };
 
 /// The kernels of one instruction set, by Element.
 struct AttentionKernels {

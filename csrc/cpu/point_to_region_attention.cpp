@@ -5,7 +5,7 @@
 
 #include "../attention_call.h"
 #include "attention_problem.h"
-#include "huge_pages.h"
+#include "host.h"
 #include "instruction_set.h"
 
 namespace llava_st {
@@ -15,36 +15,8 @@ using cpu::AttentionProblem;
 using cpu::Operand;
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
-cpu::ParallelLoop torch_loop() {
-  const auto run = [](int64_t n, cpu::LoopBody body, void* context) {
-    torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) { body(begin, end, context); });
-  };
-  return {run, torch::stable::get_num_threads()};
-}
-
-cpu::Element element_of(const char* op, const Tensor& query) {
-  switch (query.scalar_type()) {
-    case ScalarType::Float:
-      return cpu::kFloat;
-    case ScalarType::Double:
-      return cpu::kDouble;
-    case ScalarType::BFloat16:
-      return cpu::kBFloat16;
-    case ScalarType::Half:
-      return cpu::kFloat16;
-    default:
-      fail(op, ": query must be float64, float32, bfloat16 or float16, got ", to_text(query.scalar_type()));
-  }
-}
-
-Tensor allocate_result(const char* op, const char* name, const std::vector<int64_t>& sizes, const Tensor& like) {
-  Tensor result = allocate(op, name, sizes, like);
-  cpu::advise_huge_pages(result.mutable_data_ptr(), result.numel() * static_cast<int64_t>(result.element_size()));
-  return result;
-}
-
 Tensor allocate_gradient(const char* op, const char* name, const Tensor& of) {
-  return allocate_result(op, name, {of.sizes().begin(), of.sizes().end()}, of);
+  return cpu::allocate_result(op, name, {of.sizes().begin(), of.sizes().end()}, of);
 }
 
 /// The kernels' view of a tensor, dense or packed. They only write to results.
@@ -88,11 +60,11 @@ AttentionProblem problem_of(const PackedCall& call, const PackedGrids& packed) {
 
 Tensor run_forward(const char* op, const AttentionProblem& problem, const std::vector<int64_t>& query_shape,
                    const Tensor& query, const Tensor& key, const Tensor& value) {
-  const cpu::Forward kernel = cpu::attention_kernels().forward[element_of(op, query)];
-  Tensor output = allocate_result(op, "the output", query_shape, query);
+  const cpu::Forward kernel = cpu::attention_kernels().forward[cpu::element_of(op, {"query", query})];
+  Tensor output = cpu::allocate_result(op, "the output", query_shape, query);
   if (output.numel() == 0) return output;
   const Tensor q = with_contiguous_rows(query), k = with_contiguous_rows(key), v = with_contiguous_rows(value);
-  const bool done = kernel(problem, {operand(q), operand(k), operand(v), operand(output)}, torch_loop());
+  const bool done = kernel(problem, {operand(q), operand(k), operand(v), operand(output)}, cpu::torch_loop());
   LLAVA_ST_CHECK(done, op, ": out of memory allocating scratch memory for regions of ", problem.largest_region,
                  " tokens on cpu");
   return output;
@@ -100,7 +72,7 @@ Tensor run_forward(const char* op, const AttentionProblem& problem, const std::v
 
 Gradients run_backward(const char* op, const AttentionProblem& problem, const std::vector<int64_t>& query_shape,
                        const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value) {
-  const cpu::Backward kernel = cpu::attention_kernels().backward[element_of(op, query)];
+  const cpu::Backward kernel = cpu::attention_kernels().backward[cpu::element_of(op, {"query", query})];
   check_same_kind(op, {"grad_output", grad_output}, {"query", query});
   check_shape(op, {"grad_output", grad_output}, query_shape);
   Tensor grad_query = allocate_gradient(op, "the gradient of query", query);
@@ -112,7 +84,7 @@ Gradients run_backward(const char* op, const AttentionProblem& problem, const st
   const bool done = kernel(
       problem,
       {operand(g), operand(q), operand(k), operand(v), operand(grad_query), operand(grad_key), operand(grad_value)},
-      torch_loop());
+      cpu::torch_loop());
   LLAVA_ST_CHECK(done, op, ": out of memory allocating scratch memory for regions of ", problem.largest_region,
                  " tokens on cpu");
   return {grad_query, grad_key, grad_value};

@@ -12,8 +12,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 MAX_HEAD_DIM = 256
+
+
+def can_read(*tensors: Tensor) -> bool:
+    """Whether the contents of tensors can be looked at: on the CPU, and not while tracing."""
+    if torch.compiler.is_compiling():
+        return False
+    return all(tensor.device.type == "cpu" and not is_fake(tensor) for tensor in tensors)
 
 
 def check_region(op: str, region: Sequence[int]) -> None:
@@ -37,8 +45,43 @@ def check_shape(op: str, name: str, tensor: Tensor, expected: Sequence[int]) -> 
 def check_same_kind(op: str, name: str, tensor: Tensor, model_name: str, model: Tensor) -> None:
     if tensor.dtype != model.dtype:
         raise TypeError(f"{op}: {name} must have the dtype of {model_name}, {model.dtype}, got {tensor.dtype}")
+    check_same_device(op, name, tensor, model_name, model)
+
+
+def check_same_device(op: str, name: str, tensor: Tensor, model_name: str, model: Tensor) -> None:
     if tensor.device != model.device:
         raise ValueError(f"{op}: {name} must be on the device of {model_name}, {model.device}, got {tensor.device}")
+
+
+def check_floating(op: str, name: str, tensor: Tensor) -> None:
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{op}: {name} must be of a floating point dtype, got {tensor.dtype}")
+
+
+def check_tables(op: str, tables: Sequence[Tensor], channels: int, model_name: str, model: Tensor) -> None:
+    """Tables of anchors, `[n, C]` each: of one dtype, on the device of what they belong to."""
+    for name, table in zip(("temporal", "height", "width"), tables, strict=True):
+        check_rank(op, name, table, 2, "[anchors, C]")
+        check_shape(op, name, table, (table.shape[0], channels))
+        if table.shape[0] == 0:
+            raise ValueError(f"{op}: {name} must have at least one row, got {list(table.shape)}")
+        check_floating(op, name, table)
+        check_same_device(op, name, table, model_name, model)
+        check_same_kind(op, name, table, "temporal", tables[0])
+
+
+def check_grid_thw(op: str, grid_thw: Tensor, model_name: str, model: Tensor) -> None:
+    """All but the contents, which are not read back from a device."""
+    if grid_thw.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: grid_thw must be int32 or int64, got {grid_thw.dtype}")
+    if grid_thw.dim() != 2 or grid_thw.shape[1] != 3:
+        raise ValueError(
+            f"{op}: grid_thw must have shape [videos, 3] (time, height, width), got {list(grid_thw.shape)}"
+        )
+    if grid_thw.device.type != "cpu" and grid_thw.device != model.device:
+        raise ValueError(
+            f"{op}: grid_thw must be on the CPU or on the device of {model_name}, {model.device}, got {grid_thw.device}"
+        )
 
 
 def check_scale(op: str, scale: float | None) -> float | None:
@@ -82,36 +125,27 @@ def check_packed_attention_inputs(
     check_shape(op, "value", value, key.shape)
     check_shape(op, "query", query, (query.shape[0], *key.shape[1:]))
     _check_head_dim(op, key.shape[2])
-    if grid_thw.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{op}: grid_thw must be int32 or int64, got {grid_thw.dtype}")
-    if grid_thw.dim() != 2 or grid_thw.shape[1] != 3:
-        raise ValueError(
-            f"{op}: grid_thw must have shape [videos, 3] (time, height, width), got {list(grid_thw.shape)}"
-        )
-    if grid_thw.device.type != "cpu" and grid_thw.device != query.device:
-        raise ValueError(
-            f"{op}: grid_thw must be on the CPU or on the device of query, {query.device}, got {grid_thw.device}"
-        )
+    check_grid_thw(op, grid_thw, "query", query)
 
 
-def check_grids_add_up(op: str, grid_thw: Tensor, tokens: int, queries: int, region: Sequence[int]) -> None:
-    """That `grid_thw`, read back to the host, holds just the tokens and the queries there are."""
+def check_grids_add_up(
+    op: str, grid_thw: Tensor, name: str, tokens: int, region: Sequence[int] = (1, 1, 1), queries: int | None = None
+) -> None:
+    """That `grid_thw`, read back to the host, holds just the tokens of the argument `name`, and the queries if any."""
     total_tokens = total_queries = 0
     for video, (t, h, w) in enumerate(grid_thw.tolist()):
         if min(t, h, w) < 0:
             raise ValueError(f"{op}: grid_thw must not be negative, got {[t, h, w]} for video {video}")
         total_tokens += t * h * w
-        regions = [-(-size // step) for size, step in zip((t, h, w), region, strict=True)]
-        total_queries += regions[0] * regions[1] * regions[2]
+        total_queries += math.prod(-(-size // step) for size, step in zip((t, h, w), region, strict=True))
     if total_tokens != tokens:
-        raise ValueError(f"{op}: grid_thw must add up to the {tokens} tokens of key, got {total_tokens}")
-    if total_queries != queries:
+        raise ValueError(f"{op}: grid_thw must add up to the {tokens} tokens of {name}, got {total_tokens}")
+    if queries is not None and total_queries != queries:
         raise ValueError(f"{op}: query must have one row per region of grid_thw, {total_queries}, got {queries}")
 
 
 def _check_kinds(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
-    if not query.dtype.is_floating_point:
-        raise TypeError(f"{op}: query must be of a floating point dtype, got {query.dtype}")
+    check_floating(op, "query", query)
     check_same_kind(op, "key", key, "query", query)
     check_same_kind(op, "value", value, "query", query)
 

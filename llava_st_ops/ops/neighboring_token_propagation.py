@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, library, reference
+from .. import reference
 from . import checks
+from .dispatch import register_python_kernels, run
 from .registration import add_rules, is_transformed, register_self_adjoint
 
 _OP = "propagate_to_neighbors"
@@ -38,8 +39,7 @@ def neighboring_token_propagation(table: Tensor, *, compat: str = "paper") -> Te
     Source: LLaVA-ST (arXiv:2501.08282), section 3.2; the formula is Momentor's (arXiv:2402.11435).
     """
     checks.check_rank("neighboring_token_propagation", "table", table, 2, "[anchors, C]")
-    if not table.dtype.is_floating_point:
-        raise TypeError(f"neighboring_token_propagation: table must be of a floating point dtype, got {table.dtype}")
+    checks.check_floating("neighboring_token_propagation", "table", table)
     if compat not in ("paper", "released"):
         raise ValueError(f"neighboring_token_propagation: compat must be 'paper' or 'released', got {compat!r}")
     if not torch.compiler.is_compiling() and is_transformed(table):
@@ -69,23 +69,18 @@ class _SharedGradient(torch.autograd.Function):
 
 def _propagate(x: Tensor) -> Tensor:
     """`(I + M) x` for x `[n, C]`."""
-    if x.is_meta:
-        return torch.ops.llava_st.propagate_to_neighbors(x)
-    namespace = backends.find_backend(backends.choose(_OP, x)).namespace
-    if namespace is None:
-        return reference.propagate_to_neighbors(x)
-    return getattr(torch.ops, namespace).propagate_to_neighbors(x)
+    return run(_OP, (x,), reference.propagate_to_neighbors)
 
 
 # What torch needs to know --------------------------------------------------------------------------------------------
 
 
-def _check(x: Tensor) -> None:
-    checks.check_rank(_OP, "x", x, 2, "[anchors, C]")
+def _check(op: str, arguments: tuple[Any, ...]) -> None:
+    checks.check_rank(op, "x", arguments[0], 2, "[anchors, C]")
 
 
 def _fake(x: Tensor) -> Tensor:
-    _check(x)
+    _check(_OP, (x,))
     return x.new_empty(x.shape)
 
 
@@ -105,23 +100,5 @@ def _register(namespace: str, registry: torch.library.Library) -> None:
     torch.library.register_fake(f"{namespace}::{_OP}", _fake, lib=registry)
 
 
-def _triton_kernel(x: Tensor) -> Tensor:
-    _check(x)
-    from .. import triton  # imports Triton when a kernel of it is first wanted
-
-    return triton.propagate_to_neighbors(x)
-
-
-def _python_kernel(x: Tensor) -> Tensor:
-    """Stands in for a native library that was not loaded."""
-    _check(x)
-    if x.is_cuda and backends.can_run("triton", _OP, x.device, x.dtype).ok:
-        return _triton_kernel(x)
-    return reference.propagate_to_neighbors(x)
-
-
 add_rules(_register)
-for _key, _native in (("CPU", library.CPU), ("CUDA", library.CUDA)):
-    library.TRITON_OPS.impl(_OP, _triton_kernel, _key)  # on the CPU it is Triton's interpreter
-    if not _native.loaded:
-        library.OPS.impl(_OP, _python_kernel, _key)
+register_python_kernels(_OP, "propagate_to_neighbors", reference.propagate_to_neighbors, _check)

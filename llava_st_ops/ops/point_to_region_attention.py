@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
-from .. import backends, library, reference
+from .. import reference
 from . import checks
-from .registration import add_rules, autocast, autocast_is_on, is_transformed, register_autocast, register_autograd
+from .dispatch import register_python_kernels, run, with_defaults
+from .registration import Derivative, add_rules, autocast, register_autocast, register_autograd
 
 _DENSE = "point_to_region_attention"
 _PACKED = "point_to_region_attention_packed"
@@ -60,7 +60,7 @@ def point_to_region_attention(
     query, key, value = autocast(query, key, value)
     checks.check_attention_inputs(_DENSE, query, key, value, region)
     scale = checks.check_scale(_DENSE, scale)
-    return _run(_DENSE, (query, key, value), (list(region), scale), reference.point_to_region_attention)
+    return run(_DENSE, (query, key, value, list(region), scale), reference.point_to_region_attention)
 
 
 def point_to_region_attention_packed(
@@ -85,53 +85,25 @@ def point_to_region_attention_packed(
     query, key, value = autocast(query, key, value)
     checks.check_packed_attention_inputs(_PACKED, query, key, value, grid_thw, region)
     scale = checks.check_scale(_PACKED, scale)
-    if grid_thw.device.type == "cpu" and not torch.compiler.is_compiling() and not is_fake(grid_thw):
-        checks.check_grids_add_up(_PACKED, grid_thw, key.shape[0], query.shape[0], region)
-    others = (grid_thw, list(region), scale)
-    return _run(_PACKED, (query, key, value), others, reference.point_to_region_attention_packed)
-
-
-def _run(op: str, tensors: tuple[Tensor, ...], others: tuple[Any, ...], plain: Callable[..., Tensor]) -> Tensor:
-    if not torch.compiler.is_compiling() and is_transformed(*tensors):
-        return plain(*tensors, *others)
-    if tensors[0].is_meta:
-        return getattr(torch.ops.llava_st, op)(*tensors, *others)  # shapes alone: the op's fake
-    namespace = backends.find_backend(backends.choose(op, tensors[0])).namespace
-    if namespace is None:
-        device_type = tensors[0].device.type
-        if not autocast_is_on(device_type):
-            return plain(*tensors, *others)
-        with torch.autocast(device_type, enabled=False):  # the inputs were cast already
-            return plain(*tensors, *others)
-    kernel = getattr(getattr(torch.ops, namespace), op)
-    if torch.compiler.is_compiling():
-        return kernel(*tensors, *others)
-    try:
-        return kernel(*tensors, *others)
-    except RuntimeError as error:
-        if "out of memory allocating" in str(error) and not isinstance(error, torch.OutOfMemoryError):
-            raise torch.OutOfMemoryError(str(error)) from None  # the type is lost at the libraries' C boundary
-        raise
+    if checks.can_read(grid_thw):
+        checks.check_grids_add_up(_PACKED, grid_thw, "key", key.shape[0], region, query.shape[0])
+    arguments = (query, key, value, grid_thw, list(region), scale)
+    return run(_PACKED, arguments, reference.point_to_region_attention_packed)
 
 
 # Checks and fakes ---------------------------------------------------------------------------------------------------
 
 
-def _with_scale(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The dispatcher leaves out arguments that equal their default: `scale` comes last and may be missing."""
-    return (*arguments, None) if isinstance(arguments[-1], (list, tuple)) else arguments
-
-
 def _split(op: str, arguments: tuple[Any, ...]) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Any]:
     """grad_output, query, key, value, grid_thw and region of a call of any of the ops."""
-    *tensors, region, _ = _with_scale(arguments)
+    *tensors, region, _ = with_defaults(op, arguments)
     grad_output = tensors.pop(0) if op.endswith("_backward") else None
     query, key, value, *grid_thw = tensors
     return grad_output, query, key, value, grid_thw[0] if grid_thw else None, region
 
 
 def _check(op: str, arguments: tuple[Any, ...]) -> None:
-    """Checks the arguments of any of the ops, but for what only the contents of `grid_thw` tell."""
+    """Checks the arguments of any of the ops."""
     grad_output, query, key, value, grid_thw, region = _split(op, arguments)
     if grid_thw is None:
         checks.check_attention_inputs(op, query, key, value, region)
@@ -139,6 +111,14 @@ def _check(op: str, arguments: tuple[Any, ...]) -> None:
         checks.check_packed_attention_inputs(op, query, key, value, grid_thw, region)
     if grad_output is not None:
         checks.check_grad_output(op, grad_output, query)
+
+
+def _check_contents(op: str, arguments: tuple[Any, ...]) -> None:
+    """The same, and what only the contents of `grid_thw` tell."""
+    _check(op, arguments)
+    _, query, key, _, grid_thw, region = _split(op, arguments)
+    if grid_thw is not None and checks.can_read(grid_thw):
+        checks.check_grids_add_up(op, grid_thw, "key", key.shape[0], region, query.shape[0])
 
 
 def _fake_of(op: str) -> Callable[..., Any]:
@@ -190,30 +170,12 @@ def _register(namespace: str, registry: torch.library.Library) -> None:
     ops = getattr(torch.ops, namespace)
     for name, fold in ((_DENSE, 0), (_PACKED, 1)):
         forward_op, backward_op = getattr(ops, name).default, getattr(ops, f"{name}_backward").default
-        register_autograd(registry, forward_op, backward_op, tensors=3)
+        register_autograd(registry, forward_op, Derivative(backward_op, tensors=3))
         register_autocast(registry, forward_op, tensors=3)
         for op in (forward_op, backward_op):
             torch.library.register_vmap(op, _vmap_rule(op, fold), lib=registry)
     for name in _PYTHON_KERNELS:
         torch.library.register_fake(f"{namespace}::{name}", _fake_of(name), lib=registry)
-
-
-def _python_kernel(op: str, backend: str | None) -> Callable[..., Any]:
-    """A kernel for `op` that is written in Python: Triton's or the reference's, by default the better that can run."""
-    triton_name, plain = _PYTHON_KERNELS[op]
-
-    def kernel(*arguments: Any) -> Any:
-        _check(op, arguments)
-        _, query, key, _, grid_thw, region = _split(op, arguments)
-        if grid_thw is not None and grid_thw.device.type == "cpu":
-            checks.check_grids_add_up(op, grid_thw, key.shape[0], query.shape[0], region)
-        if backend == "triton" or (query.is_cuda and backends.can_run("triton", op, query.device, query.dtype).ok):
-            from .. import triton  # imports Triton when a kernel of it is first wanted
-
-            return getattr(triton, triton_name)(*_with_scale(arguments))
-        return plain(*_with_scale(arguments))
-
-    return kernel
 
 
 # For each op the function of llava_st_ops.triton, and the reference.
@@ -225,8 +187,5 @@ _PYTHON_KERNELS = {
 }
 
 add_rules(_register)
-for _op in _PYTHON_KERNELS:
-    for _key, _native in (("CPU", library.CPU), ("CUDA", library.CUDA)):
-        library.TRITON_OPS.impl(_op, _python_kernel(_op, "triton"), _key)  # on the CPU it is Triton's interpreter
-        if not _native.loaded:
-            library.OPS.impl(_op, _python_kernel(_op, None), _key)
+for _op, (_triton_function, _plain) in _PYTHON_KERNELS.items():
+    register_python_kernels(_op, _triton_function, _plain, _check_contents)

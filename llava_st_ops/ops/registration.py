@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,20 +67,37 @@ def _needs_gradient(values: tuple[object, ...]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
 
 
-def register_autograd(
-    registry: torch.library.Library,
-    op: torch._ops.OpOverload,
-    backward_op: torch._ops.OpOverload,
-    tensors: int,
-) -> None:
-    """Differentiates `op` by `backward_op(grad_output, *arguments of op)`.
+@dataclass(frozen=True)
+class Derivative:
+    """How an op is differentiated: the gradients of its first `tensors` arguments come from `backward_op`.
 
-    The first `tensors` arguments of `op` get a gradient; all tensors among its arguments are saved.
+    `call(backward_op, grad_output, outputs, arguments, needed)` makes the call and gives one gradient per argument, or
+    None; by default `backward_op(grad_output, *arguments)`. Of the arguments, those in `unsaved` are None there; the
+    outputs are kept where `saves_outputs`. Outputs but for the first have no gradient.
+    """
 
-    `torch.library.register_autograd` would do for reverse mode, but gives zeros for forward mode without a word; here
-    that raises, as do the transforms of torch.func, whose gradients do not reach an op's autograd kernel.
+    backward_op: torch._ops.OpOverload
+    tensors: int
+    call: Callable[..., Sequence[Tensor | None]] | None = None
+    unsaved: tuple[int, ...] = ()
+    saves_outputs: bool = False
+
+
+def _call_backward(
+    backward_op: torch._ops.OpOverload, grad: Tensor, outputs: Any, arguments: Sequence[Any], needed: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    return backward_op(grad, *arguments)
+
+
+def register_autograd(registry: torch.library.Library, op: torch._ops.OpOverload, derivative: Derivative) -> None:
+    """Differentiates `op` in reverse mode.
+
+    `torch.library.register_autograd` would do so too, but gives zeros for forward mode without a word; here that
+    raises, as do the transforms of torch.func, whose gradients do not reach an op's autograd kernel.
     """
     name = op._schema.name.split("::")[1]
+    backward_op, tensors = derivative.backward_op, derivative.tensors
+    call = derivative.call or _call_backward
 
     class BackwardFunction(torch.autograd.Function):
         """The backward op, so that differentiating it again is an error and not a missing gradient."""
@@ -95,24 +113,26 @@ def register_autograd(
 
     class ForwardFunction(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Tensor:
-            is_tensor = [isinstance(argument, Tensor) for argument in arguments]
-            ctx.save_for_backward(*(a for a, tensor in zip(arguments, is_tensor, strict=True) if tensor))
-            ctx.other = [None if tensor else a for a, tensor in zip(arguments, is_tensor, strict=True)]
-            ctx.is_tensor = is_tensor
+        def forward(ctx: Any, *arguments: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
-                return op(*arguments)
+                result = op(*arguments)
+            outputs = result if isinstance(result, tuple) else (result,)
+            ctx.mark_non_differentiable(*outputs[1:])
+            kept = [None if i in derivative.unsaved else argument for i, argument in enumerate(arguments)]
+            kept += outputs if derivative.saves_outputs else []
+            ctx.save_for_backward(*(value for value in kept if isinstance(value, Tensor)))
+            ctx.kept = [_SAVED if isinstance(value, Tensor) else value for value in kept]
+            ctx.count = len(arguments)
+            return result
 
         @staticmethod
-        def backward(ctx: Any, grad_output: Tensor) -> Any:
+        def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
             saved = iter(ctx.saved_tensors)
-            arguments = [
-                next(saved) if tensor else other for tensor, other in zip(ctx.is_tensor, ctx.other, strict=True)
-            ]
-            grads = backward_op(grad_output, *arguments)
+            kept = [next(saved) if value is _SAVED else value for value in ctx.kept]
             needed = ctx.needs_input_grad[:tensors]
-            kept = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
-            return (*kept, *(None for _ in arguments[tensors:]))
+            grads = call(backward_op, grad_output, kept[ctx.count :], kept[: ctx.count], needed)
+            wanted = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+            return (*wanted, *(None for _ in range(ctx.count - tensors)))
 
     def autograd_kernel(function: type[torch.autograd.Function], inner: torch._ops.OpOverload) -> Callable[..., Any]:
         def kernel(*arguments: Any) -> Any:
@@ -128,6 +148,22 @@ def register_autograd(
 
     registry.impl(op._schema.name, autograd_kernel(ForwardFunction, op), "Autograd")
     registry.impl(backward_op._schema.name, autograd_kernel(BackwardFunction, backward_op), "Autograd")
+
+
+_SAVED = object()  # stands in for a tensor that autograd keeps
+
+
+def register_in_place(registry: torch.library.Library, op: torch._ops.OpOverload, instead: str) -> None:
+    """Makes an op that changes its first argument an error where gradients are wanted: there is `instead`."""
+
+    def kernel(*arguments: Any) -> None:
+        if has_tangent(*arguments) or _needs_gradient(arguments):
+            raise RuntimeError(f"{op}: works in place and has no gradient; {instead} has one")
+        with torch._C._AutoDispatchBelowAutograd():
+            op(*arguments)
+        torch.autograd.graph.increment_version(arguments[0])
+
+    registry.impl(op._schema.name, kernel, "Autograd")
 
 
 def register_self_adjoint(registry: torch.library.Library, op: torch._ops.OpOverload) -> None:

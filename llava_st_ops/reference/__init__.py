@@ -4,12 +4,15 @@ Imports nothing of the rest of the package. Every function works on any device a
 differentiates, twice and in forward mode. Attention computes in the dtype of its inputs, the rest in float32 or better.
 """
 
-from .coordinate_loss import coordinate_cross_entropy
+from .coordinate_loss import coordinate_cross_entropy, coordinate_losses, coordinate_losses_backward
 from .lape import (
     interpolate_rows,
     lape_add,
+    lape_add_backward,
     lape_add_packed,
+    lape_add_packed_backward,
     lape_scatter,
+    lape_scatter_backward,
     neighboring_token_propagation,
     propagate_to_neighbors,
     resize_table,
@@ -24,10 +27,15 @@ from .region_centers import region_centers
 
 __all__ = [
     "coordinate_cross_entropy",
+    "coordinate_losses",
+    "coordinate_losses_backward",
     "interpolate_rows",
     "lape_add",
+    "lape_add_backward",
     "lape_add_packed",
+    "lape_add_packed_backward",
     "lape_scatter",
+    "lape_scatter_backward",
     "neighboring_token_propagation",
     "point_to_region_attention",
     "point_to_region_attention_backward",

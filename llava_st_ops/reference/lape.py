@@ -8,13 +8,13 @@ cannot be derived from the ids without six more arguments, and it lets the calle
 released model does so with `<WIDTH-INPUT>`): pass -1. Positions are data: no gradient flows into them.
 
 A result is computed in float32 (float64 where the result is float64) and rounded to its dtype once. Errors are
-ValueErrors. Source: ../shared/SPEC.md, section 2.
+ValueErrors, and TypeErrors where a dtype is wrong. Source: ../shared/SPEC.md, section 2.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -25,6 +25,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 AXES = ("temporal", "height", "width")
 NO_AXIS = -1
+ALIGNMENTS = ("ends", "centers", "text")
 
 
 def check_tensor(
@@ -38,7 +39,7 @@ def check_tensor(
         raise ValueError(f"{op}: {name} must have shape [{', '.join(map(str, shape))}], got {list(tensor.shape)}")
     if tensor.dtype not in dtypes:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(f"{op}: {name} must be {wanted}, got {tensor.dtype}")
+        raise TypeError(f"{op}: {name} must be {wanted}, got {tensor.dtype}")
 
 
 def check_table(op: str, name: str, table: Tensor, channels: int | str = "C") -> None:
@@ -50,8 +51,8 @@ def check_table(op: str, name: str, table: Tensor, channels: int | str = "C") ->
 def reject(op: str, name: str, values: Tensor, wrong: Tensor, rule: str) -> None:
     """Names the first entry of `values` that is wrong."""
     if wrong.any():
-        at = int(wrong.nonzero()[0])
-        raise ValueError(f"{op}: {name}[{at}] must {rule}, got {values[at].item()}")
+        at = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(f"{op}: {name}[{', '.join(map(str, at))}] must {rule}, got {values[at].item()}")
 
 
 def check_coordinates(op: str, axis: Tensor, positions: Tensor, read: Tensor) -> None:
@@ -94,35 +95,49 @@ def interpolate_rows(table: Tensor, positions: Tensor) -> Tensor:
     return _rows(table, anchors_around(positions, len(table)))
 
 
-def resize_table(table: Tensor, size: int, *, aligned: bool) -> Tensor:
-    """`[n, C]` -> `[size, C]`, linearly along the anchors. For size = n it is the identity, to the bit.
+def resize_table(table: Tensor, size: int, alignment: str) -> Tensor:
+    """`[n, C]` -> `[size, C]`, linearly along the anchors. With "ends" and "centers", size = n is the identity, to the
+    bit.
 
-    `aligned`: row i sits at anchor `(n - 1) i / (size - 1)`, as a text coordinate `i / (size - 1)` does; size 1 takes
-    row 0. Otherwise samples sit at the centres of their cells: at anchor `(i + 1/2) n / size - 1/2`, clamped to
-    [0, n - 1], as `F.interpolate(align_corners=False)` has it. These source positions, and the weights, are computed
-    in float64 whatever the dtype of the table (torch takes float32 for float32: off by 1e-5 for 100 anchors).
+    `alignment` says where row i sits:
+    - "ends": at anchor `(n - 1) i / (size - 1)`, as a text coordinate `i / (size - 1)` does; size 1 takes row 0.
+    - "centers": at `(i + 1/2) n / size - 1/2`, clamped to [0, n - 1]: half-pixel centres, as
+      `F.interpolate(align_corners=False)` has them.
+    - "text": at `(n - 1) (i + 1/2) / size`, where a text coordinate puts the centre of cell i.
+    These source positions, and the weights, are computed in float64 whatever the dtype of the table (torch takes
+    float32 for float32: off by 1e-5 for 100 anchors).
     """
     check_table("resize_table", "table", table)
     if size < 0:
         raise ValueError(f"resize_table: size must not be negative, got {size}")
+    if alignment not in ALIGNMENTS:
+        raise ValueError(f"resize_table: alignment must be one of {', '.join(ALIGNMENTS)}, got {alignment!r}")
     count = len(table)
     row = torch.arange(size, dtype=torch.float64, device=table.device)
-    if aligned:
+    if alignment == "ends":
         anchor = row * (count - 1) / max(size - 1, 1)
+    elif alignment == "text":
+        anchor = (2 * row + 1) * (count - 1) / (2 * size)
     else:
         anchor = (((2 * row + 1) * count - size) / (2 * size)).clamp(0, count - 1)  # rounded once: exact at anchors
     return _rows(table, _around(anchor))
 
 
 def lape_add(
-    features: Tensor, temporal: Tensor, height: Tensor, width: Tensor, *, round_every_addition: bool = False
+    features: Tensor,
+    temporal: Tensor,
+    height: Tensor,
+    width: Tensor,
+    text_aligned: bool = False,
+    round_every_addition: bool = False,
 ) -> Tensor:
     """features `[B, T, H, W, C]`, tables `[n, C]`, `[m, C]`, `[m', C]` -> like features: `((x + h) + w) + t`.
 
-    The tables are resized to H and W by half-pixel centres and to T with aligned ends (see `resize_table`); a single
-    frame, or an image, takes temporal row 0. Everything is computed in float32 (float64 for float64 features), to which
-    tables of other float dtypes are converted, and rounded once. `round_every_addition` rounds the tables after
-    resizing, and the sum after every addition, to the dtype of features, as published.
+    The tables are resized (see `resize_table`) to T with aligned ends, so that a single frame, or an image, takes
+    temporal row 0, and to H and W by half-pixel centres or, `text_aligned`, as text coordinates lie. Everything is
+    computed in float32 (float64 for float64 features), to which tables of other float dtypes are converted, and rounded
+    once. `round_every_addition` rounds the tables after resizing, and the sum after every addition, to the dtype of
+    features, as published.
     """
     check_tensor("lape_add", "features", features, ("B", "T", "H", "W", "C"))
     for name, table in zip(AXES, (temporal, height, width), strict=True):
@@ -130,10 +145,28 @@ def lape_add(
     _, frames, rows, columns, _ = features.shape
     wide = computing_dtype(features.dtype)
     adding = features.dtype if round_every_addition else wide
-    t = resize_table(temporal.to(wide), frames, aligned=True).to(adding)[:, None, None]
-    h = resize_table(height.to(wide), rows, aligned=False).to(adding)[:, None]
-    w = resize_table(width.to(wide), columns, aligned=False).to(adding)
+    spatial = "text" if text_aligned else "centers"
+    t = resize_table(temporal.to(wide), frames, "ends").to(adding)[:, None, None]
+    h = resize_table(height.to(wide), rows, spatial).to(adding)[:, None]
+    w = resize_table(width.to(wide), columns, spatial).to(adding)
     return (((features.to(adding) + h) + w) + t).to(features.dtype)
+
+
+def _table_gradients(
+    add: Callable[..., Tensor], grad_output: Tensor, tables: Sequence[Tensor], *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.enable_grad():
+        leaves = [table.detach().requires_grad_() for table in tables]
+        output = add(torch.zeros_like(grad_output), *leaves, *others)
+        temporal, height, width = torch.autograd.grad(output, leaves, grad_output)
+    return temporal, height, width
+
+
+def lape_add_backward(
+    grad_output: Tensor, temporal: Tensor, height: Tensor, width: Tensor, text_aligned: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of the three tables; that of features is grad_output."""
+    return _table_gradients(lape_add, grad_output, (temporal, height, width), text_aligned)
 
 
 def lape_add_packed(
@@ -142,7 +175,7 @@ def lape_add_packed(
     height: Tensor,
     width: Tensor,
     grid_thw: Tensor,
-    *,
+    text_aligned: bool = False,
     round_every_addition: bool = False,
 ) -> Tensor:
     """`lape_add` of videos that follow each other: features `[tokens, C]`, grid_thw int `[videos, 3]` -> like features.
@@ -161,12 +194,54 @@ def lape_add_packed(
     sizes = [math.prod(grid) for grid in grids]
     if sum(sizes) != len(features):
         raise ValueError(f"{op}: grid_thw must add up to the {len(features)} tokens of features, got {sum(sizes)}")
-    outputs = [features[:0]]  # so that there is something to concatenate without videos
-    for grid, video in zip(grids, features.split(sizes), strict=True):
+    outputs = []
+    # With an empty video in any case: without one there would be nothing to concatenate, and no gradient of the tables.
+    for grid, video in zip([[0, 1, 1], *grids], features.split([0, *sizes]), strict=True):
         video = video.unflatten(0, (1, *grid))
-        video = lape_add(video, temporal, height, width, round_every_addition=round_every_addition)
+        video = lape_add(video, temporal, height, width, text_aligned, round_every_addition)
         outputs.append(video.flatten(0, 3))
     return torch.cat(outputs)
+
+
+def lape_add_packed_backward(
+    grad_output: Tensor, temporal: Tensor, height: Tensor, width: Tensor, grid_thw: Tensor, text_aligned: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of the three tables; that of features is grad_output."""
+    return _table_gradients(lape_add_packed, grad_output, (temporal, height, width), grid_thw, text_aligned)
+
+
+def check_scatter(
+    op: str,
+    embed: Tensor,
+    tables: Sequence[Tensor],
+    input_ids: Tensor,
+    axis: Tensor,
+    positions: Tensor,
+    visual_index: Tensor,
+    visual: Tensor,
+) -> None:
+    """Shapes and dtypes; token tensors may have any shape, the same for all."""
+    check_tensor(op, "embed", embed, ("V", "C"))
+    channels = embed.shape[1]
+    for name, table in zip(AXES, tables, strict=True):
+        check_table(op, name, table, channels)
+    check_tensor(op, "input_ids", input_ids, input_ids.shape, INTEGERS)
+    check_tensor(op, "axis", axis, input_ids.shape, (torch.int8,))
+    check_tensor(op, "positions", positions, input_ids.shape, (torch.float64,))
+    check_tensor(op, "visual_index", visual_index, input_ids.shape, INTEGERS)
+    check_tensor(op, "visual", visual, ("M", channels), (embed.dtype,))
+
+
+def check_scattered_tokens(
+    op: str, ids: int, visuals: int, input_ids: Tensor, axis: Tensor, positions: Tensor, visual_index: Tensor
+) -> None:
+    """That what counts of each token exists, of `ids` ids and `visuals` visual tokens."""
+    is_visual = visual_index != -1
+    missing = is_visual & ((visual_index < 0) | (visual_index >= visuals))
+    reject(op, "visual_index", visual_index, missing, f"be -1 or in [0, {visuals})")
+    check_coordinates(op, axis, positions, read=~is_visual)
+    is_text = ~is_visual & (axis == NO_AXIS)
+    reject(op, "input_ids", input_ids, is_text & ((input_ids < 0) | (input_ids >= ids)), f"be in [0, {ids})")
 
 
 def lape_scatter(
@@ -194,26 +269,14 @@ def lape_scatter(
     """
     op = "lape_scatter"
     tables = (temporal, height, width)
-    check_tensor(op, "embed", embed, ("V", "C"))
-    channels = embed.shape[1]
-    for name, table in zip(AXES, tables, strict=True):
-        check_table(op, name, table, channels)
     check_tensor(op, "input_ids", input_ids, ("N",), INTEGERS)
-    tokens = len(input_ids)
-    check_tensor(op, "axis", axis, (tokens,), (torch.int8,))
-    check_tensor(op, "positions", positions, (tokens,), (torch.float64,))
-    check_tensor(op, "visual_index", visual_index, (tokens,), INTEGERS)
-    check_tensor(op, "visual", visual, ("M", channels), (embed.dtype,))
-
-    is_visual = visual_index != -1
-    missing = is_visual & ((visual_index < 0) | (visual_index >= len(visual)))
-    reject(op, "visual_index", visual_index, missing, f"be -1 or in [0, {len(visual)})")
-    check_coordinates(op, axis, positions, read=~is_visual)
-    is_text = ~is_visual & (axis == NO_AXIS)
+    check_scatter(op, embed, tables, input_ids, axis, positions, visual_index, visual)
     ids = len(embed) + sum(map(len, tables))
-    reject(op, "input_ids", input_ids, is_text & ((input_ids < 0) | (input_ids >= ids)), f"be in [0, {ids})")
+    check_scattered_tokens(op, ids, len(visual), input_ids, axis, positions, visual_index)
+    is_visual = visual_index >= 0
+    is_text = ~is_visual & (axis == NO_AXIS)
 
-    output = embed.new_zeros(tokens, channels)
+    output = embed.new_zeros(len(input_ids), embed.shape[1])
     first = 0
     for source in (embed, *tables):
         here = is_text & (first <= input_ids) & (input_ids < first + len(source))
@@ -224,6 +287,29 @@ def lape_scatter(
         rows = interpolate_rows(table.to(computing_dtype(embed.dtype)), positions[here])
         output = output.index_put((here,), rows.to(embed.dtype))
     return output.index_put((is_visual,), visual[visual_index[is_visual]])
+
+
+def lape_scatter_backward(
+    grad_output: Tensor,
+    destination: Tensor,
+    token: Tensor,
+    share: Tensor,
+    embed: Tensor,
+    temporal: Tensor,
+    height: Tensor,
+    width: Tensor,
+    visual: Tensor,
+) -> tuple[Tensor, ...]:
+    """The gradients of embed, the tables and visual, whose rows are numbered through in this order: entry e adds
+    `share[e] * grad_output[token[e]]` to row `destination[e]`, if there is one. See `ops.lape_scatter`."""
+    sources = (embed, temporal, height, width, visual)
+    wide = computing_dtype(grad_output.dtype)
+    rows = sum(map(len, sources))
+    kept = destination < rows
+    shares = share[kept].to(wide).unsqueeze(1) * grad_output[token[kept]].to(wide)
+    sums = shares.new_zeros(rows, embed.shape[1]).index_add(0, destination[kept], shares)
+    parts = sums.split([len(source) for source in sources])
+    return tuple(part.to(source.dtype) for part, source in zip(parts, sources, strict=True))
 
 
 def _sweeps(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,18 +44,20 @@ def random_table(rows, channels, seed, dtype=torch.float64):
     return torch.randn(rows, channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def anchor_of(i, size, count, aligned):
+def anchor_of(i, size, count, alignment):
     """Where row i of `size` sits among `count` anchors: a fraction, exactly."""
-    if aligned:
+    if alignment == "ends":
         return Fraction((count - 1) * i, size - 1) if size > 1 else Fraction(0)
+    if alignment == "text":
+        return Fraction(2 * i + 1, 2 * size) * (count - 1)
     return min(max(Fraction((2 * i + 1) * count, 2 * size) - Fraction(1, 2), Fraction(0)), Fraction(count - 1))
 
 
-def resize_matrix(size, count, aligned):
+def resize_matrix(size, count, alignment):
     """`[size, count]`: what each row takes of each anchor."""
     matrix = np.zeros((size, count))
     for i in range(size):
-        anchor = anchor_of(i, size, count, aligned)
+        anchor = anchor_of(i, size, count, alignment)
         ratio = anchor - int(anchor)
         matrix[i, int(anchor)] += 1 - ratio
         if ratio:

@@ -19,6 +19,7 @@ from llava_st_ops.reference import (
     propagate_to_neighbors,
     resize_table,
 )
+from llava_st_ops.reference.lape import ALIGNMENTS
 from tests.reference.lape_cases import (
     AXES,
     LOW_PRECISION,
@@ -34,11 +35,11 @@ from tests.reference.lape_cases import (
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.integers(1, 100), st.integers(0, 100), st.integers(0, 3), st.booleans())
-def test_resize_against_exact_fractions(count, size, channels, aligned):
+@given(st.integers(1, 100), st.integers(0, 100), st.integers(0, 3), st.sampled_from(ALIGNMENTS))
+def test_resize_against_exact_fractions(count, size, channels, alignment):
     table = random_table(count, channels, count).requires_grad_()
-    matrix = torch.from_numpy(resize_matrix(size, count, aligned))
-    resized = resize_table(table, size, aligned=aligned)
+    matrix = torch.from_numpy(resize_matrix(size, count, alignment))
+    resized = resize_table(table, size, alignment)
     torch.testing.assert_close(resized, matrix @ table, rtol=0, atol=1e-13)
     grad = random_table(size, channels, 1)
     (found,) = torch.autograd.grad(resized, table, grad)
@@ -46,33 +47,33 @@ def test_resize_against_exact_fractions(count, size, channels, aligned):
 
 
 @pytest.mark.parametrize(("count", "size"), [(100, 27), (100, 1), (1, 5), (3, 100), (7, 7), (100, 64), (100, 200)])
-@pytest.mark.parametrize("aligned", [False, True])
-def test_resize_against_interpolate(count, size, aligned):
+@pytest.mark.parametrize("alignment", ["ends", "centers"])
+def test_resize_against_interpolate(count, size, alignment):
     table = random_table(count, 3, 0)
-    expected = interpolate(table.T[None], size, mode="linear", align_corners=aligned)[0].T
-    torch.testing.assert_close(resize_table(table, size, aligned=aligned), expected, rtol=0, atol=1e-12)
-    if not aligned:  # torch has its source positions in float32 for a float32 table; ours are those of float64
-        actual = resize_table(table.float(), size, aligned=False).double()
+    expected = interpolate(table.T[None], size, mode="linear", align_corners=alignment == "ends")[0].T
+    torch.testing.assert_close(resize_table(table, size, alignment), expected, rtol=0, atol=1e-12)
+    if alignment == "centers":  # torch has float32 source positions for a float32 table, ours are float64
+        actual = resize_table(table.float(), size, "centers").double()
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("aligned", [False, True])
-def test_rows_that_sit_at_an_anchor_are_its_row_to_the_bit(aligned):
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+def test_rows_that_sit_at_an_anchor_are_its_row_to_the_bit(alignment):
     table = random_table(100, 2, 0)
     for size in range(1, 200):
-        anchors = [anchor_of(i, size, 100, aligned) for i in range(size)]
+        anchors = [anchor_of(i, size, 100, alignment) for i in range(size)]
         hits = [i for i, anchor in enumerate(anchors) if anchor.denominator == 1]
-        rows = resize_table(table, size, aligned=aligned)[hits]
+        rows = resize_table(table, size, alignment)[hits]
         assert torch.equal(rows, table[[int(anchors[i]) for i in hits]])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *LOW_PRECISION], ids=str)
-@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("alignment", ["ends", "centers"])
 @pytest.mark.parametrize("count", [1, 2, 100, 729])
-def test_a_table_of_the_size_wanted_is_taken_as_it_is(dtype, aligned, count):
+def test_a_table_of_the_size_wanted_is_taken_as_it_is(dtype, alignment, count):
     table = random_table(count, 4, 0, dtype)
     table[0, :3] = torch.tensor([-0.0, torch.inf, NAN])
-    resized = resize_table(table, count, aligned=aligned)
+    resized = resize_table(table, count, alignment)
     assert resized.dtype == dtype
     assert torch.equal(resized.nan_to_num(7), table.nan_to_num(7))
     assert resized[0, 0].signbit()
@@ -80,8 +81,8 @@ def test_a_table_of_the_size_wanted_is_taken_as_it_is(dtype, aligned, count):
 
 def test_a_single_row_is_the_first_anchor_if_aligned_and_the_middle_if_not():
     table = torch.tensor([[1.0], [2.0], [6.0], [9.0]])
-    assert resize_table(table, 1, aligned=True).tolist() == [[1.0]]
-    assert resize_table(table, 1, aligned=False).tolist() == [[4.0]]
+    assert resize_table(table, 1, "ends").tolist() == [[1.0]]
+    assert resize_table(table, 1, "centers").tolist() == [[4.0]]
 
 
 def test_interpolation_at_each_anchor_gives_its_row():
@@ -113,8 +114,8 @@ def test_low_precision_is_interpolated_and_resized_with_one_rounding(dtype):
     positions = torch.rand(500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     exact = interpolate_rows(table.double(), positions)
     assert ((interpolate_rows(table, positions).double() - exact).abs() <= half_an_ulp(exact, dtype)).all()
-    exact = resize_table(table.double(), 27, aligned=False)
-    assert ((resize_table(table, 27, aligned=False).double() - exact).abs() <= half_an_ulp(exact, dtype)).all()
+    exact = resize_table(table.double(), 27, "centers")
+    assert ((resize_table(table, 27, "centers").double() - exact).abs() <= half_an_ulp(exact, dtype)).all()
 
 
 def test_positions_are_data_and_get_no_gradient():
@@ -154,15 +155,17 @@ def test_golden_injection(name, compat):
     st.tuples(*[st.integers(1, 7)] * 3),
     st.integers(0, 3),
     st.sampled_from([torch.float64, torch.float32]),
+    st.booleans(),
 )
-def test_addition_and_its_gradients_against_loops(batch, grid, counts, channels, dtype):
+def test_addition_and_its_gradients_against_loops(batch, grid, counts, channels, dtype, text_aligned):
     tables = [random_table(count, channels, i, dtype).requires_grad_() for i, count in enumerate(counts)]
     shape = (batch, *grid, channels)
     features, grad = (random_table(math.prod(shape), 1, seed).to(dtype).view(shape) for seed in (5, 7))
     features.requires_grad_()
-    output = lape_add(features, *tables)
+    output = lape_add(features, *tables, text_aligned=text_aligned)
     found = torch.autograd.grad(output, [features, *tables], grad)
-    matrices = [resize_matrix(*args) for args in zip(grid, counts, (True, False, False), strict=True)]
+    spatial = "text" if text_aligned else "centers"
+    matrices = [resize_matrix(*args) for args in zip(grid, counts, ("ends", spatial, spatial), strict=True)]
     expected = features.detach().double().numpy().copy()
     expected_grads = [np.zeros(table.shape) for table in tables]
     for b, *place in np.ndindex(batch, *grid):
@@ -189,8 +192,8 @@ def test_one_rounding_or_one_after_each_addition(dtype, table_dtype):
     often = lape_add(features, t, h, w, round_every_addition=True)
     assert often.dtype == dtype
     assert ((often.double() - exact).abs() > 1.2 * half_an_ulp(exact, dtype)).any()
-    h, w = (resize_table(x.float(), size, aligned=False).to(dtype) for x, size in ((h, 5), (w, 4)))
-    t = resize_table(t.float(), 6, aligned=True).to(dtype)
+    h, w = (resize_table(x.float(), size, "centers").to(dtype) for x, size in ((h, 5), (w, 4)))
+    t = resize_table(t.float(), 6, "ends").to(dtype)
     for f, r, c in np.ndindex(6, 5, 4):
         assert torch.equal(often[0, f, r, c], ((features[0, f, r, c] + h[r]) + w[c]) + t[f])
     t, h, w, single = (x.float() + 1e-4 for x in (t[:, None, None], h[:, None], w, features))
@@ -249,11 +252,12 @@ def test_gradcheck():
 
 X, TABLE, GRIDS = torch.zeros(6, 2), torch.zeros(3, 2), torch.tensor([[1, 2, 3]])
 TABLES, NEGATIVE = (TABLE, TABLE, TABLE), torch.tensor([[1, 2, 3], [-1, -1, 0]])
-ALIGNED, NEITHER = {"aligned": True}, torch.tensor([0, NAN], dtype=torch.float64)
+NEITHER = torch.tensor([0, NAN], dtype=torch.float64)
 BAD_OTHERS = [
-    (resize_table, (TABLE[0], 2), ALIGNED, r"table must have shape \[n, C\], got \[2\]"),
-    (resize_table, (TABLE[:0], 2), ALIGNED, r"table must have at least one row, got \[0, 2\]"),
-    (resize_table, (TABLE, -1), ALIGNED, "size must not be negative, got -1"),
+    (resize_table, (TABLE[0], 2, "ends"), {}, r"table must have shape \[n, C\], got \[2\]"),
+    (resize_table, (TABLE[:0], 2, "ends"), {}, r"table must have at least one row, got \[0, 2\]"),
+    (resize_table, (TABLE, -1, "ends"), {}, "size must not be negative, got -1"),
+    (resize_table, (TABLE, 2, "middle"), {}, "alignment must be one of ends, centers, text, got 'middle'"),
     (interpolate_rows, (TABLE[:0], X[:, 0].double()), {}, r"table must have at least one row, got \[0, 2\]"),
     (interpolate_rows, (TABLE, X.double()), {}, r"positions must have shape \[P\], got \[6, 2\]"),
     (interpolate_rows, (TABLE, X[:, 0]), {}, "positions must be float64, got torch.float32"),
@@ -276,5 +280,5 @@ BAD_OTHERS = [
 
 @pytest.mark.parametrize(("function", "arguments", "options", "message"), BAD_OTHERS)
 def test_bad_arguments(function, arguments, options, message):
-    with pytest.raises(ValueError, match=f"^{function.__name__}: {message}$"):
+    with pytest.raises((ValueError, TypeError), match=f"^{function.__name__}: {message}$"):
         function(*arguments, **options)

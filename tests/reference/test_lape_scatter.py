@@ -185,7 +185,7 @@ BAD_SCATTER = [
 
 @pytest.mark.parametrize(("changes", "message"), BAD_SCATTER)
 def test_bad_scatter(changes, message):
-    with pytest.raises(ValueError, match=f"^lape_scatter: {message}$"):
+    with pytest.raises((ValueError, TypeError), match=f"^lape_scatter: {message}$"):
         lape_scatter(**scatter_arguments(**changes))
 
 

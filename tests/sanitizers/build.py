@@ -23,11 +23,14 @@ _FLAGS = ("-std=c++17", *_DEBUG, "-Wno-psabi", "-pthread", f"-I{_CSRC}")
 _KERNEL_HEADERS = (*(_CSRC / "cpu").glob("*.h"), *(_CSRC / "geometry").glob("*.h"), _HERE / "seen_streams.h")
 _HEADERS = (*_KERNEL_HEADERS, *_HERE.glob("*.h"))
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-include", str(_HERE / "seen_streams.h"))
+_AVX2_FLAGS = _AVX2 if platform.machine() in ("x86_64", "AMD64") else ()
 _KERNELS = {  # the slowest to compile come first
     _CSRC / "cpu" / "attention_baseline.cpp": (),
-    _CSRC / "cpu" / "attention_avx2.cpp": _AVX2 if platform.machine() in ("x86_64", "AMD64") else (),
+    _CSRC / "cpu" / "attention_avx2.cpp": _AVX2_FLAGS,
+    _CSRC / "cpu" / "position_baseline.cpp": (),
+    _CSRC / "cpu" / "position_avx2.cpp": _AVX2_FLAGS,
 }
-_DRIVER = (_HERE / "cpu_kernels.cpp", _HERE / "geometry.cpp", _HERE / "neighbors.cpp")
+_DRIVER = tuple(_HERE / f"{name}.cpp" for name in ("cpu_kernels", "geometry", "neighbors", "positions"))
 
 
 class MissingRuntimeError(Exception):

@@ -26,4 +26,7 @@ int64_t check_geometry();
 /// Checks the propagation to neighbours.
 void check_neighbors();
 
+/// Checks the kernels of LAPE and the coordinate loss.
+void check_positions();
+
 }  // namespace llava_st::tests
