@@ -7,13 +7,15 @@ device, so that calls can be captured in a CUDA graph.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import launching
+from .launching import next_power_of_2, normalized_strides, on_device_of, packed_layout
 
 if TYPE_CHECKING:
     from .regions import Layout
@@ -39,10 +41,6 @@ class _Blocks(NamedTuple):
     warps: int
 
 
-def _next_power_of_2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def _blocks(keys: int, heads: int, dim: int, itemsize: int) -> _Blocks:
     """The tile of a program for regions of up to `keys` keys.
 
@@ -51,9 +49,9 @@ def _blocks(keys: int, heads: int, dim: int, itemsize: int) -> _Blocks:
     show in a kernel this short, and still enough of them on a multiprocessor to hide the latency of memory.
     Larger regions, such as 5x3x3: the warps share the keys of one head or a few.
     """
-    block_dim = _next_power_of_2(dim)
-    block_keys = _next_power_of_2(keys)
-    block_heads = _next_power_of_2(heads)
+    block_dim = next_power_of_2(dim)
+    block_keys = next_power_of_2(keys)
+    block_heads = next_power_of_2(heads)
     row = block_dim * itemsize
     if block_keys <= _KEYS_PER_LANE and row <= _WARP_BYTES:
         block_heads = min(block_heads, 2 * _WARP_BYTES // row)
@@ -65,17 +63,6 @@ def _blocks(keys: int, heads: int, dim: int, itemsize: int) -> _Blocks:
     return _Blocks(block_keys, block_heads, block_dim, warps)
 
 
-def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """Strides as the kernels take them: `(sample, T, H, W, head, D)`, of a packed tensor `(0, 0, 0, row, head, D)`.
-
-    The stride of a dimension of size 1 means nothing: zero, or 1 for D, lets more calls share a compiled kernel.
-    """
-    strides = [stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
-    if tensor.shape[-1] == 1:
-        strides[-1] = 1
-    return (0,) * (6 - len(strides)) + tuple(strides)
-
-
 def _alignment(*strides: tuple[int, ...]) -> int:
     """The power of two, up to 16, that divides the offset of every row: Triton sees for itself only multiples of 16.
 
@@ -84,14 +71,6 @@ def _alignment(*strides: tuple[int, ...]) -> int:
     if any(last != 1 for *_, last in strides):
         return 1
     return math.gcd(16, *(stride for *rows, _ in strides for stride in rows))
-
-
-def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    kernel[grid](*arguments, **options)
 
 
 def _launch_attention(
@@ -113,8 +92,9 @@ def _launch_attention(
     head_blocks = -(-heads // blocks.heads)
     programs = layout.queries * head_blocks
     columns = -(-programs // _MAX_PROGRAMS)
-    strides = [_strides(tensor) for tensor in tensors]
-    _launch(
+    # (sample, T, H, W, head, D), of a packed tensor (0, 0, 0, row, head, D)
+    strides = [normalized_strides(tensor, 6) for tensor in tensors]
+    launching.launch(
         kernel,
         (-(-programs // columns), columns),
         *tensors,
@@ -152,38 +132,13 @@ def _dense_layout(query: Tensor, key: Tensor, region: Sequence[int]) -> Layout:
     )
 
 
-def _packed_layout(query: Tensor, key: Tensor, grid_thw: Tensor, region: Sequence[int]) -> Layout:
-    """The layout of a packed call, with the offsets of its videos computed on the device."""
-    from .regions import Layout, video_offsets_kernel
-
-    if key.is_cuda and not grid_thw.is_cuda:
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("grid_thw must be on the device of query while a CUDA graph is captured, got cpu")
-        # Pageable memory is free to change as soon as the call returns; pinned memory would have to stay as it is.
-        grid_thw = grid_thw.to(key.device, non_blocking=not grid_thw.is_pinned())
-    videos, tokens = grid_thw.shape[0], key.shape[0]
-    layout = Layout(
-        queries=query.shape[0],
-        tokens=tokens,
-        # The kernels clamp the sizes of videos to no more than this: a region that large is the whole video.
-        region=tuple(min(step, max(tokens, query.shape[0]) + 1) for step in region),
-        grid_thw=grid_thw,
-        grid_strides=grid_thw.stride(),
-        offsets=torch.empty((videos + 1, 2), dtype=torch.int64, device=key.device),
-        videos=videos,
-        search_steps=videos.bit_length(),
-    )
-    _launch(video_offsets_kernel, (1,), layout, BLOCK=min(1024, _next_power_of_2(max(videos, 32))))
-    return layout
-
-
 def forward(query: Tensor, key: Tensor, value: Tensor, region: Sequence[int], scale: float | None) -> Tensor:
     """query `[B, T', H', W', heads, D]`, key and value `[B, T, H, W, heads, D]` -> `[B, T', H', W', heads, D]`."""
     from . import point_to_region_attention_kernels as kernels
 
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     layout = _dense_layout(query, key, region)
-    with _device(query):
+    with on_device_of(query):
         _launch_attention(kernels.forward_kernel, (query, key, value), (output,), key, layout, scale)
     return output
 
@@ -196,7 +151,7 @@ def backward(
 
     gradients = _empty_gradients(query, key, value)
     layout = _dense_layout(query, key, region)
-    with _device(query):
+    with on_device_of(query):
         _launch_attention(kernels.backward_kernel, (grad_output, query, key, value), gradients, key, layout, scale)
     return gradients
 
@@ -213,8 +168,8 @@ def packed_forward(
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if output.numel() == 0:
         return output
-    with _device(query):
-        layout = _packed_layout(query, key, grid_thw, region)
+    with on_device_of(query):
+        layout = packed_layout(key, len(query), grid_thw, region)
         _launch_attention(kernels.forward_kernel, (query, key, value), (output,), key, layout, scale)
     return output
 
@@ -240,18 +195,18 @@ def packed_backward(
     row_size = math.prod(key.shape[1:])
     if row_size == 0:
         return gradients
-    with _device(query):
-        layout = _packed_layout(query, key, grid_thw, region)
+    with on_device_of(query):
+        layout = packed_layout(key, len(query), grid_thw, region)
         _launch_attention(kernels.backward_kernel, (grad_output, query, key, value), gradients, key, layout, scale)
         if layout.tokens > 0:
-            _launch(
+            launching.launch(
                 zero_uncovered_kernel,
                 (min(-(-layout.tokens // 8), 256),),
                 *gradients[1:],
                 layout,
                 row_size,
                 BLOCK_ROWS=8,
-                BLOCK_COLUMNS=min(256, _next_power_of_2(row_size)),
+                BLOCK_COLUMNS=min(256, next_power_of_2(row_size)),
             )
     return gradients
 

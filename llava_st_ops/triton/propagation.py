@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from . import launching
+
 _CHANNELS = 128  # per program
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    kernel[grid](*arguments, **options)
 
 
 def propagate_to_neighbors(x: Tensor) -> Tensor:
@@ -25,6 +20,8 @@ def propagate_to_neighbors(x: Tensor) -> Tensor:
         return y
     before = torch.empty((rows, channels), dtype=torch.float32, device=x.device)
     grid = (-(-channels // _CHANNELS),)
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        _launch(propagate_kernel, grid, x, y, before, rows, channels, *x.stride(), BLOCK=_CHANNELS, num_warps=4)
+    with launching.on_device_of(x):
+        launching.launch(
+            propagate_kernel, grid, x, y, before, rows, channels, *x.stride(), BLOCK=_CHANNELS, num_warps=4
+        )
     return y

@@ -1,7 +1,7 @@
 """Index arithmetic of point-to-region attention inside Triton kernels: which tokens belong to the query of a program.
 
 Also the two small kernels that are index arithmetic and nothing else: where packed videos begin, and zero gradients of
-tokens that belong to no query.
+tokens that belong to no query. What there is of packed videos, lape_add uses too: to it every token is a region.
 
 Offsets into tensors are int64. Kernels over packed videos read the grids on the device, and nobody may have checked
 them: whatever they hold, offsets stay inside the tensors and loops end.
@@ -55,18 +55,18 @@ class Place(NamedTuple):
 
 
 @triton.jit
-def _ceil_div(a, b):
+def ceil_div(a, b):
     return (a + (b - 1)) // b
 
 
 @triton.jit
-def _capped_product(a, b, limit):
+def capped_product(a, b, limit):
     """`min(a * b, limit)` for `a` and `b` in [0, limit], however large the product."""
     return tl.where(a > limit // tl.maximum(b, 1), limit, a * b)
 
 
 @triton.jit
-def _load_grid(layout, video, limit, mask):
+def load_grid(layout, video, limit, mask):
     """Sizes (T, H, W) of one or several videos in int64, clamped to [0, limit].
 
     With a limit beyond the number of tokens, the clamp moves no token that exists: it keeps products of a wrong grid
@@ -83,7 +83,7 @@ def _load_grid(layout, video, limit, mask):
 
 
 @triton.jit
-def _past_the_end(layout):
+def past_the_end(layout):
     """A count that is more than the tokens and the queries there are, int64."""
     return tl.full([], 1, tl.int64) + tl.maximum(layout.tokens, layout.queries)
 
@@ -93,18 +93,18 @@ def video_offsets_kernel(layout, BLOCK: tl.constexpr):
     """Writes `layout.offsets`, int64 `[videos + 1, 2]`: the first token and the first query of every video, and the
     totals. One program.
 
-    A video counts as at most `_past_the_end` tokens and queries, so that the offsets ascend whatever the grids hold.
+    A video counts as at most `past_the_end` tokens and queries, so that the offsets ascend whatever the grids hold.
     """
-    limit = _past_the_end(layout)
+    limit = past_the_end(layout)
     total_tokens = limit * 0
     total_queries = limit * 0
     for start in range(0, layout.videos, BLOCK):
         video = start + tl.arange(0, BLOCK)
         mask = video < layout.videos
-        t, h, w = _load_grid(layout, video, limit, mask)
-        tokens = _capped_product(_capped_product(t, h, limit), w, limit)
-        queries = _capped_product(_ceil_div(t, layout.region[0]), _ceil_div(h, layout.region[1]), limit)
-        queries = _capped_product(queries, _ceil_div(w, layout.region[2]), limit)
+        t, h, w = load_grid(layout, video, limit, mask)
+        tokens = capped_product(capped_product(t, h, limit), w, limit)
+        queries = capped_product(ceil_div(t, layout.region[0]), ceil_div(h, layout.region[1]), limit)
+        queries = capped_product(queries, ceil_div(w, layout.region[2]), limit)
         entry = layout.offsets + video.to(tl.int64) * 2
         tl.store(entry, total_tokens + tl.cumsum(tokens, 0) - tokens, mask=mask)
         tl.store(entry + 1, total_queries + tl.cumsum(queries, 0) - queries, mask=mask)
@@ -116,12 +116,13 @@ def video_offsets_kernel(layout, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _video_of_query(layout, query):
-    """The last video that begins at or before a query: where `query` is below the total, it is the query's own.
+def video_of_query(layout, query):
+    """The last video that begins at or before a query, or each of several: where `query` is below the total, it is the
+    query's own.
 
     `search_steps` is `videos.bit_length()`. Once one video is left the middle is that video, and nothing moves.
     """
-    low = tl.full([], 0, tl.int64)
+    low = tl.cast(query * 0, tl.int64)
     high = low + layout.videos
     for _ in range(layout.search_steps):
         middle = (low + high) // 2
@@ -135,18 +136,18 @@ def _video_of_query(layout, query):
 def _packed_place(layout, query, key_strides, value_strides, SINGLE_TILE: tl.constexpr, WIDE: tl.constexpr):
     """The place of packed query number `query`. The region is empty where the query lies past the last video, or the
     region past the last token."""
-    video = _video_of_query(layout, query)
+    video = video_of_query(layout, query)
     entry = layout.offsets + video * 2
     exists = query < tl.load(layout.offsets + (video * 0 + layout.videos) * 2 + 1)
-    limit = _past_the_end(layout)
-    t, h, w = _load_grid(layout, video, limit, exists)
-    hw = _capped_product(h, w, limit)
+    limit = past_the_end(layout)
+    t, h, w = load_grid(layout, video, limit, exists)
+    hw = capped_product(h, w, limit)
     at = query - tl.load(entry + 1)
     token = tl.load(entry)
     if not WIDE:  # 64-bit divisions are slow, and nothing here exceeds the limit
         t, h, w, hw, at = t.to(tl.int32), h.to(tl.int32), w.to(tl.int32), hw.to(tl.int32), at.to(tl.int32)
-    regions_h = tl.maximum(_ceil_div(h, layout.region[1]), 1)
-    regions_w = tl.maximum(_ceil_div(w, layout.region[2]), 1)
+    regions_h = tl.maximum(ceil_div(h, layout.region[1]), 1)
+    regions_w = tl.maximum(ceil_div(w, layout.region[2]), 1)
     first_t = at // regions_w // regions_h * layout.region[0]
     first_h = at // regions_w % regions_h * layout.region[1]
     first_w = at % regions_w * layout.region[2]
@@ -159,8 +160,8 @@ def _packed_place(layout, query, key_strides, value_strides, SINGLE_TILE: tl.con
     if not SINGLE_TILE:
         # Where a wrong grid reaches beyond the last token, so would the loop over tiles.
         left = tl.where(exists, layout.tokens - token, 0)
-        size_t = tl.minimum(size_t, _ceil_div(left, tl.maximum(hw, 1))).to(t.dtype)
-        size_h = tl.minimum(size_h, _ceil_div(left, tl.maximum(w, 1))).to(t.dtype)
+        size_t = tl.minimum(size_t, ceil_div(left, tl.maximum(hw, 1))).to(t.dtype)
+        size_h = tl.minimum(size_h, ceil_div(left, tl.maximum(w, 1))).to(t.dtype)
         size_w = tl.minimum(size_w, left).to(t.dtype)
     return Place(
         sample=video * 0,
@@ -282,17 +283,17 @@ def zero_uncovered_kernel(
     total_queries = tl.load(layout.offsets + (tl.full([], 0, tl.int64) + layout.videos) * 2 + 1)
     missing = layout.queries < total_queries
     # The first video with a region that has no query: earlier ones are covered, later ones are not.
-    video = tl.where(missing, _video_of_query(layout, layout.queries), 0)
+    video = tl.where(missing, video_of_query(layout, layout.queries), 0)
     entry = layout.offsets + video * 2
     video_token = tl.load(entry)
     video_query = tl.load(entry + 1)
-    limit = _past_the_end(layout)
-    t, h, w = _load_grid(layout, video, limit, missing)
-    hw = tl.maximum(_capped_product(h, w, limit), 1)
-    video_end = tl.where(missing, video_token + _capped_product(t, hw, limit), total_tokens)
+    limit = past_the_end(layout)
+    t, h, w = load_grid(layout, video, limit, missing)
+    hw = tl.maximum(capped_product(h, w, limit), 1)
+    video_end = tl.where(missing, video_token + capped_product(t, hw, limit), total_tokens)
     w = tl.maximum(w, 1)
-    regions_h = _ceil_div(h, layout.region[1])
-    regions_w = _ceil_div(w, layout.region[2])
+    regions_h = ceil_div(h, layout.region[1])
+    regions_w = ceil_div(w, layout.region[2])
     first = tl.where(missing, video_token, total_tokens)
     for start in range(first + tl.program_id(0) * BLOCK_ROWS, layout.tokens, tl.num_programs(0) * BLOCK_ROWS):
         token = start + tl.arange(0, BLOCK_ROWS)

@@ -11,14 +11,16 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from llava_st_ops.triton import addition, coordinate_loss, launching, propagation, scattering
 from llava_st_ops.triton import point_to_region_attention as launcher
-from llava_st_ops.triton import propagation
 from tests.attention_cases import Case
 
 # The paper's shape has eight heads of 128: spatial, temporal and joint stream.
@@ -33,6 +35,23 @@ CASES = {
 }
 DTYPES = {"spatial": (torch.bfloat16, torch.float16, torch.float32), "wide": (torch.float32,)}
 PACKED = ("spatial", "many tiles", "one of everything")
+
+
+class Positions(NamedTuple):
+    """Sizes of a problem of lape_add, lape_scatter and coordinate_cross_entropy."""
+
+    grid: tuple[int, int, int]
+    channels: int
+    anchors: int
+    vocabulary: int
+    tokens: int
+
+
+POSITIONS = {
+    "paper": Positions((100, 27, 27), 3584, 100, 151660, 2700),
+    "one of everything": Positions((1, 1, 1), 1, 1, 1, 1),
+    "odd rows": Positions((7, 5, 3), 72, 9, 33, 5),
+}
 
 
 class _Driver:
@@ -62,18 +81,50 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(registers), "stack": int(stack)}
 
 
+# Tensors without memory: torch's own work between the kernels costs nothing.
+_empty = partial(torch.empty, device="meta")
+
+
+def _compile_additions(sizes: Positions, dtype: torch.dtype) -> None:
+    video = _empty(1, *sizes.grid, sizes.channels, dtype=dtype)
+    tables = [_empty(sizes.anchors, sizes.channels, dtype=dtype) for _ in range(3)]
+    packed, grid_thw = video.flatten(0, 3), _empty(2, 3, dtype=torch.int64)
+    for rounded in (False, True):
+        addition.lape_add(video, *tables, False, rounded)
+        addition.lape_add_packed(packed, *tables, grid_thw, True, rounded)
+    addition.lape_add_backward(video, *tables)
+    addition.lape_add_packed_backward(packed, *tables, grid_thw)
+
+
+def _compile_tokens(sizes: Positions, dtype: torch.dtype) -> None:
+    rows = (sizes.vocabulary, *(sizes.anchors,) * 3, sizes.tokens)
+    *sources, visual = [_empty(count, sizes.channels, dtype=dtype) for count in rows]
+    ids = _empty(sizes.tokens, dtype=torch.int64)
+    axis, positions = ids.to(torch.int8), ids.double()
+    scattering.lape_scatter(*sources, ids, axis, positions, ids, visual)
+    scattering.lape_scatter_backward(visual, ids, ids, positions, *sources, visual)
+    arguments = (visual, *sources, ids, axis, positions)
+    losses, logsumexp = coordinate_loss.coordinate_cross_entropy(*arguments)
+    coordinate_loss.coordinate_cross_entropy_backward(losses, logsumexp, *arguments, -100, True, True, True)
+
+
 def main(capability: int) -> None:
     triton.runtime.driver.set_active(_Driver(capability))
     name = dtype = form = None
 
+    seen = set()
+
     def compile_only(kernel, grid, *arguments, **options):
         compiled = kernel.warmup(*arguments, grid=grid, **options)
+        if (compiled.hash, name, form) in seen:  # a loop launches a kernel many times
+            return
+        seen.add((compiled.hash, name, form))
         record = {"kernel": kernel.__name__, "case": name, "dtype": str(dtype), "form": form}
         record["loads"] = sorted(set(re.findall(r"ld\.global[.\w]*", compiled.asm["ptx"])))
         record["barriers"] = compiled.asm["ptx"].count("bar.sync")
         print(json.dumps(record | _resources(compiled.asm["cubin"])), flush=True)
 
-    launcher._launch = propagation._launch = compile_only
+    launching.launch = compile_only
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         name = "paper's tables"
         propagation.propagate_to_neighbors(torch.empty(100, 3584, dtype=dtype))
@@ -89,7 +140,15 @@ def main(capability: int) -> None:
             query, key, grid_thw = query.flatten(0, 3), key.flatten(0, 3), torch.tensor([case.grid] * case.batch)
             launcher.packed_forward(query, key, key, grid_thw, case.region, None)
             launcher.packed_backward(query, query, key, key, grid_thw, case.region, None)
-    name, form, dtype = "64-bit counts", "dense", torch.bfloat16
+    form = None
+    for name, sizes in POSITIONS.items():
+        for dtype in (torch.bfloat16, torch.float32) if name == "paper" else (torch.bfloat16,):
+            _compile_additions(sizes, dtype)
+            _compile_tokens(sizes, dtype)
+    name, dtype = "64-bit counts", torch.bfloat16
+    addition._WIDE_FROM = 0
+    _compile_additions(POSITIONS["paper"], dtype)
+    form = "dense"
     launcher._WIDE_FROM = 0
     launcher._MAX_PROGRAMS = 7
     case = CASES["spatial"]

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
@@ -88,24 +89,31 @@ class _GuardedEmpty:
 
 
 @pytest.fixture
-def kernels(monkeypatch) -> Iterator[ModuleType]:
-    """The module that launches the kernels, with results that start as NaN and are guarded on both sides."""
+def launchers(monkeypatch) -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a module of the package that launches kernels. Their results start as NaN and are guarded on both sides,
+    and a launch must not be too large for the interpreter."""
     with contextlib.nullcontext() if GPU else _interpreted():
-        module = importlib.import_module(f"{KERNELS}.point_to_region_attention")
         if not GPU:
-            launch = module._launch
+            module = importlib.import_module(f"{KERNELS}.launching")
+            launch = module.launch
 
             def launch_small(kernel, grid, *arguments, **options):
-                programs = grid[0] * (grid[1] if len(grid) > 1 else 1)
+                programs = math.prod(grid)
                 assert programs <= MAX_INTERPRETED_PROGRAMS, f"{programs} programs are too many for the interpreter"
                 launch(kernel, grid, *arguments, **options)
 
-            monkeypatch.setattr(module, "_launch", launch_small)
+            monkeypatch.setattr(module, "launch", launch_small)
         empty = _GuardedEmpty()
         with monkeypatch.context() as patch:
             patch.setattr(torch, "empty", empty)
-            yield module
+            yield lambda name: importlib.import_module(f"{KERNELS}.{name}")
         empty.check()
+
+
+@pytest.fixture
+def kernels(launchers) -> ModuleType:
+    """The module that launches the kernels of point-to-region attention."""
+    return launchers("point_to_region_attention")
 
 
 @pytest.fixture

@@ -6,9 +6,7 @@ The interpreter is wrong in bfloat16 without saying so, and slow: bfloat16 and l
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,38 +16,22 @@ import torch
 
 from llava_st_ops import reference
 from tests.attention_cases import EMPTY_CASES, Case
-from tests.tolerance import assert_accurate
+from tests.triton.comparing import (
+    DTYPES,
+    F16,
+    F32,
+    GPU,
+    assert_all_close,
+    assert_same_bits,
+    ignores_numpy_warnings,
+    needs_gpu,
+    random_like,
+    run_in_a_graph,
+)
 
-GPU = torch.cuda.is_available()
 ROOT = Path(__file__).parents[2]
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-DTYPES = [F32, F16, pytest.param(BF16, marks=pytest.mark.skipif(not GPU, reason="bfloat16 needs a GPU"))]
-# The interpreter computes in NumPy, which warns of NaN and infinity.
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning")
-needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
-
-
-def random_like(shape, dtype, device, seed=1):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-
-
-def assert_close(actual, exact, same, name):
-    """As `assert_accurate`; in float32 two rounding steps of the largest entry pass at once.
-
-    In float32 the reference's error in a handful of entries is no more than a few roundings, whose number is chance:
-    the interpreter adds keys one after the other, a GPU divides and exponentiates to within two units.
-    """
-    if actual.dtype == F32 and actual.numel():
-        floor = 2 * torch.finfo(F32).eps * exact.nan_to_num(0, 0, 0).abs().max()
-        actual = torch.where((actual.double() - exact).abs() <= floor, same, actual)
-    assert_accurate(actual, exact, same, name)
-
-
-def assert_all_accurate(actual, exact, same):
-    names = ("output", "gradient of query", "gradient of key", "gradient of value")
-    for name, *triple in zip(names, actual, exact, same, strict=True):
-        assert triple[0].is_contiguous()
-        assert_close(*triple, name)
+NAMES = ("output", "gradient of query", "gradient of key", "gradient of value")
+pytestmark = ignores_numpy_warnings
 
 
 def check_dense(kernels, query, key, value, region, scale=None, grad_output=None):
@@ -65,7 +47,7 @@ def check_dense(kernels, query, key, value, region, scale=None, grad_output=None
         *kernels.backward(g, query, key, value, region, scale),
     )
     tensors = (query, key, value, g)
-    assert_all_accurate(actual, by_reference(*(t.double() for t in tensors)), by_reference(*tensors))
+    assert_all_close(actual, by_reference(*(t.double() for t in tensors)), by_reference(*tensors), NAMES)
 
 
 def packed_oracle(query, key, value, grid_thw, region, grad_output):
@@ -115,7 +97,7 @@ def check_packed(kernels, queries, tokens, grid_thw, region, heads=2, dim=8, dty
         *kernels.packed_backward(g, query, key, value, grid_thw, region, None),
     )
     exact = by(query.double(), key.double(), value.double(), grid_thw, region, g.double())
-    assert_all_accurate(actual, exact, by(query, key, value, grid_thw, region, g))
+    assert_all_close(actual, exact, by(query, key, value, grid_thw, region, g), NAMES)
 
 
 def totals(grid_thw, region):
@@ -319,31 +301,6 @@ def test_repeats_bit_by_bit(kernels, device):
         assert torch.equal(one, other)
 
 
-def test_compiles_for_a_gpu_that_is_not_there(tmp_path):
-    """All kernels for sm_90, in a process of its own. The small regions must neither spill registers nor wait."""
-    pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.triton.compile_ahead", "90"]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if "Cannot find ptxas" in run.stderr or "Cannot find cuobjdump" in run.stderr:
-        pytest.skip("this Triton comes without ptxas or cuobjdump")
-    assert run.returncode == 0, run.stderr[-3000:]
-    records = [json.loads(line) for line in run.stdout.splitlines()]
-    dtypes = {record["dtype"] for record in records if record["case"] == "spatial"}
-    assert dtypes == {"torch.float32", "torch.float16", "torch.bfloat16"}
-    assert {record["dtype"] for record in records if record["kernel"] == "propagate_kernel"} == dtypes
-    for record in records:
-        assert record["stack"] <= 64, record
-        if record["kernel"] not in ("forward_kernel", "backward_kernel"):
-            continue
-        if record["case"] in ("spatial", "temporal", "odd rows"):
-            assert "ld.global.v4.b32" in record["loads"], record
-            assert not {"ld.global.b16", "ld.global.b32"} & set(record["loads"]), record
-            if record["form"] == "dense":
-                assert record["barriers"] == record["stack"] == 0, record
-
-
 def test_import_does_not_need_triton():
     """Without Triton the package imports, and says what is missing when a function is called."""
     program = """
@@ -386,15 +343,4 @@ def test_grids_on_the_device_are_not_read_back_and_calls_can_be_captured(kernels
         output = kernels.packed_forward(query, key, key, grid_thw, region, None)
         return output, *kernels.packed_backward(output, query, key, key, grid_thw, region, None)
 
-    expected = run()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph.replay()
-    for one, other in zip(captured, expected, strict=True):
-        assert torch.equal(one, other)
+    assert_same_bits(run_in_a_graph(run), run())

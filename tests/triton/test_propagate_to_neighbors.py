@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 
@@ -16,15 +14,15 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_avai
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(100, 16), (1, 1), (5, 200), (33, 129), (0, 4), (4, 0)], ids=str)
-def test_matches_reference(kernels, device, shape, dtype):
-    module = importlib.import_module("llava_st_ops.triton.propagation")  # the copy that `kernels` has put there
+def test_matches_reference(launchers, device, shape, dtype):
+    module = launchers("propagation")
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     exact = reference.propagate_to_neighbors(x.double())
     assert_accurate(module.propagate_to_neighbors(x), exact, reference.propagate_to_neighbors(x))
 
 
-def test_strided(kernels, device):
-    module = importlib.import_module("llava_st_ops.triton.propagation")
+def test_strided(launchers, device):
+    module = launchers("propagation")
     whole = torch.randn(20, 24, generator=torch.Generator().manual_seed(0)).to(device)
     for x in (whole[::2, 1:7], whole.T, whole[:1].expand(9, 24)):
         exact = reference.propagate_to_neighbors(x.double())
