@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import point_to_region_attention, region_centers
+from .published_names import rename
 
 # The names of the released checkpoints, and what they are called here.
 _PUBLISHED_PACKER = {
@@ -24,16 +25,6 @@ _PUBLISHED_PACKER = {
 }
 _PUBLISHED_STREAMS = {"token_packer.": "spatial.", "token_packer_slow.": "slow.", "token_packer_fast.": "fast."}
 _PUBLISHED_WRAPPER = "devide_attention."  # spelled so
-
-
-def _rename(state_dict: dict[str, Any], prefix: str, names: Mapping[str, str]) -> None:
-    """Gives the entries below `prefix` whose names begin with a key of `names` their new beginnings, in place."""
-    for key in [key for key in state_dict if key.startswith(prefix)]:
-        rest = key[len(prefix) :]
-        for old, new in names.items():
-            if rest.startswith(old):
-                state_dict[prefix + new + rest[len(old) :]] = state_dict.pop(key)
-                break
 
 
 def _mlp(in_features: int, out_features: int) -> nn.Sequential:
@@ -109,8 +100,8 @@ class PointToRegionPacker(nn.Module):
 
     @staticmethod
     def _accept_published_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-        _rename(state_dict, prefix, {_PUBLISHED_WRAPPER: ""})
-        _rename(state_dict, prefix, _PUBLISHED_PACKER)
+        rename(state_dict, prefix, {_PUBLISHED_WRAPPER: ""})
+        rename(state_dict, prefix, _PUBLISHED_PACKER)
 
 
 class SpatialTemporalPacker(nn.Module):
@@ -156,4 +147,4 @@ class SpatialTemporalPacker(nn.Module):
 
     @staticmethod
     def _accept_published_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-        _rename(state_dict, prefix, _PUBLISHED_STREAMS)
+        rename(state_dict, prefix, _PUBLISHED_STREAMS)
