@@ -22,6 +22,7 @@ from .clip import Clip, default_clip, open_clip
 from .environment import HUGE_PAGE_VARIABLE, ROOT, describe
 from .measure import Rounds, make_timer
 from .peers import available_backends
+from .position_workloads import BUILDERS
 from .runner import Settings, run
 from .workloads import Workload, attention_workload, packer_workload
 
@@ -55,6 +56,11 @@ def _workloads(options: argparse.Namespace, clip: Clip, device: torch.device) ->
     found: list[tuple[str, Builder]] = [
         (case.name, lambda case=case: attention_workload(case, clip, device))
         for case in select_cases(device, options.quick)
+    ]
+    found += [
+        (name, lambda build=build: build(clip, device))
+        for name, (build, on_huge_pages) in BUILDERS.items()
+        if (options.fragment is None or on_huge_pages) and not (options.quick and "backward" in name)
     ]
     # Matrix products fill the packer's time on a CPU: what pages its results lie on makes no difference to speak of.
     if options.fragment is None:

@@ -149,18 +149,26 @@ def _short_row(record: Record, case: dict[str, Any], allocator: str) -> list[str
     first = records.measurements(record, case["name"], _allocators(record)[0])
     checked = records.named(first, ours["implementation"])
     peer = f"{_milliseconds(peers[0]['median_ms'])} ({peers[0]['implementation']})" if peers else _NONE
+    slower = _milliseconds(baseline["median_ms"])
     return [
         case["name"],
         allocator,
         _milliseconds(ours["median_ms"]),
-        _milliseconds(baseline["median_ms"]),
+        slower if "as published" in case["baseline"] else f"{slower} ({case['baseline']})",
         peer,
         _milliseconds(floor["median_ms"]) if floor else _NONE,
         _number(records.ratio(baseline, ours), "{:.1f}"),
         _number(records.ratio(peers[0], ours), "{:.2f}") if peers else _NONE,
         _percent(records.ratio(floor, ours)),
         _number(checked and checked.get("error_over_reference"), "{:.2f}"),
+        _peaks(first, ours["implementation"], case["baseline"]),
     ]
+
+
+def _peaks(found: list[Measurement], *names: str) -> str:
+    """Peak memory of implementations in MiB, side by side."""
+    peaks = [m.get("peak_memory_bytes") for m in (records.named(found, name) for name in names) if m]
+    return " / ".join(_number(peak and peak / 2**20, "{:.0f}") for peak in peaks)
 
 
 def markdown(record: Record, name: str) -> str:
@@ -168,7 +176,7 @@ def markdown(record: Record, name: str) -> str:
     environment = record["environment"]
     versions = environment["versions"]
     header = ["case", "allocator", "ours, ms", "eager as published, ms", "fastest other, ms", "floor, ms"]
-    header += ["x eager", "x fastest other", "of floor", "error / reference's"]
+    header += ["x eager", "x fastest other", "of floor", "error / reference's", "peak MiB, ours / eager"]
     cases = [case for case in record["cases"] if case.get("frames", _SHORT_TABLE_FRAMES) >= _SHORT_TABLE_FRAMES]
     rows = [_short_row(record, case, allocator) for case in cases for allocator in _allocators(record)]
     lines = [

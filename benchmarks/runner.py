@@ -37,7 +37,7 @@ def _check(workload: Workload, say: Callable[[str], None]) -> dict[str, dict[str
     expected = workload.truth()
     found: dict[str, dict[str, float]] = {}
     for contender in workload.contenders:
-        if contender.call is None:
+        if contender.call is None or not contender.checked:
             continue
         say(f"parity of {contender.name}")
         try:
@@ -122,8 +122,12 @@ def run(
     except floor.FloorError as error:
         floors = {}
         contenders.append(Contender("floor", "floor", None, str(error)))
-    most = settings.rounds.most
-    samples = interleave(calls | floors, timer, settings.rounds, lambda done: say(f"round {done + 1}, at most {most}"))
+    rounds = settings.rounds
+    if workload.rounds is not None:
+        fewest = min(rounds.fewest, workload.rounds)
+        rounds = Rounds(fewest, fewest, 0)
+    most = rounds.most
+    samples = interleave(calls | floors, timer, rounds, lambda done: say(f"round {done + 1}, at most {most}"))
     state = device_state(device)
     return [
         _measurement(workload.name, settings.allocator, contender, samples, checked, memory, state)

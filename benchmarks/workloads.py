@@ -26,9 +26,10 @@ class Contender:
     """One implementation of a workload: a call, or the reason why there is none."""
 
     name: str
-    role: str  # "ours", "reference" or "peer"
+    role: str  # "ours", "reference", "peer", or "yardstick": what shows how fast the machine is
     call: Call | None
     reason: str = ""
+    checked: bool = True  # whether its results are compared; a yardstick has none to compare
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Workload:
     reference: str  # the contender whose error the others' are compared with
     passes: list[tuple[list[Tensor], list[int]]]  # inputs read and output bytes written, for the floor; may be empty
     dtype: torch.dtype
+    rounds: int | None = None  # fewer than usual, where a single call takes many seconds
 
     @property
     def name(self) -> str:
@@ -51,7 +53,7 @@ class Workload:
         return str(self.description["baseline"])
 
 
-def _call(
+def call_of(
     function: Callable[..., object],
     inputs: Sequence[Tensor],
     differentiated: Sequence[Tensor],
@@ -101,7 +103,7 @@ def attention_workload(case: Case, clip: Clip, device: torch.device) -> Workload
     def contender(way: Implementation) -> Contender:
         if way.attention is None:
             return Contender(way.name, way.role, None, way.reason)
-        call = _call(way.attention, inputs, inputs, (grad_output,) if backward else None)
+        call = call_of(way.attention, inputs, inputs, (grad_output,) if backward else None)
         return Contender(way.name, way.role, call)
 
     def truth() -> dict[str, Tensor]:
@@ -140,7 +142,7 @@ def packer_workload(mode: str, clip: Clip, device: torch.device, dtype: torch.dt
     grads = tuple(torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
 
     def call(module: torch.nn.Module, inputs: Tensor, given: tuple[Tensor, ...]) -> Call:
-        return _call(module, [inputs], [inputs, *module.parameters()], given if backward else None)
+        return call_of(module, [inputs], [inputs, *module.parameters()], given if backward else None)
 
     def truth() -> dict[str, Tensor]:
         exact = copy.deepcopy(published).double()

@@ -1,0 +1,269 @@
+"""LAPE's addition, the input embeddings and the coordinate loss: the calls to compare, at LLaVA-ST's sizes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import llava_st_ops
+from llava_st_ops import reference
+
+from .clip import Clip, patch_features
+from .peers import available_backends
+from .position_peers import chunked_loss, eager_add, eager_add_in_place, eager_scatter
+from .workloads import Contender, Workload, call_of
+
+WIDTH = 3584  # of LLaVA-ST's language model
+ANCHORS = 100
+_EAGER = "eager, as published"
+_TABLES = ("grad_temporal", "grad_height", "grad_width")
+
+
+def _random(shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+Function = Callable[..., object]
+
+
+def _ours(function: Function, device: torch.device, dtype: torch.dtype) -> dict[str, Function]:
+    """`function` on each of our backends."""
+
+    def on(backend: str) -> Function:
+        def call(*arguments: object) -> object:
+            with llava_st_ops.use_backend(backend):
+                return function(*arguments)
+
+        return call
+
+    reasons = available_backends(device, dtype)
+    return {f"llava_st_ops, {name}": on(name) for name, reason in reasons.items() if not reason}
+
+
+def _bytes(*tensors: Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _description(
+    name: str, mode: str, dtype: torch.dtype, reason: str, baseline: str, **more: object
+) -> dict[str, object]:
+    dtype_name = str(dtype).removeprefix("torch.")
+    return {
+        "name": f"{name}, {mode}, {dtype_name}",
+        "kind": name.split()[0],
+        "dtype": dtype_name,
+        "mode": mode,
+        "reason": reason,
+        "baseline": baseline,
+        **more,
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def _features(clip: Clip, frames: int, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], Tensor]:
+    """Features and tables, and a gradient."""
+    features = patch_features(clip, frames, WIDTH, device).to(dtype)
+    tables = [_random((ANCHORS, WIDTH), seed, dtype, device) for seed in (1, 2, 3)]
+    return [features, *tables], _random(tuple(features.shape), 4, dtype, device)
+
+
+def _add_case(device: torch.device) -> tuple[int, torch.dtype]:
+    """Frames, and their dtype."""
+    return (100, torch.bfloat16) if device.type == "cuda" else (40, torch.float32)
+
+
+def _describe_add(mode: str, tensors: list[Tensor], dtype: torch.dtype) -> dict[str, object]:
+    size, tables = _bytes(tensors[0]), _bytes(*tensors[1:])
+    backward = mode == "forward+backward"
+    frames = tensors[0].shape[1]
+    return _description(
+        f"lape_add {frames} frames",
+        mode,
+        dtype,
+        "LLaVA-ST's grid and width",
+        _EAGER,
+        frames=frames,
+        features_shape=list(tensors[0].shape),
+        bytes_read=size * (2 if backward else 1) + tables,
+        bytes_written=size + (tables if backward else 0),
+        bytes_counted="features read and the result written once; backward: its gradient read once, those of the "
+        "tables written",
+    )
+
+
+def add_workload(mode: str, clip: Clip, device: torch.device) -> Workload:
+    """`mode`: "forward" or "forward+backward"."""
+    frames, dtype = _add_case(device)
+    tensors, grad = _features(clip, frames, dtype, device)
+    backward = mode != "forward"
+    inputs = [x.detach().requires_grad_(backward) for x in tensors]
+
+    def contender(name: str, role: str, function: Function) -> Contender:
+        return Contender(name, role, call_of(function, inputs, inputs, (grad,) if backward else None))
+
+    def truth() -> dict[str, Tensor]:
+        wide = [x.detach().double().requires_grad_(backward) for x in tensors]
+        call = call_of(reference.lape_add, wide, wide[1:], (grad.double(),) if backward else None)
+        output, *grads = call()
+        if not backward:
+            return {"output": output}
+        # The gradient of the features is that of the result.
+        return dict(zip(("output", "grad_features", *_TABLES), (output, grad.double(), *grads), strict=True))
+
+    passes = [([tensors[0]], [_bytes(tensors[0])])]
+    if backward:
+        passes.append(([grad], [_bytes(*tensors[1:])]))
+    ours = _ours(llava_st_ops.lape_add, device, dtype)
+    return Workload(
+        description=_describe_add(mode, tensors, dtype),
+        contenders=[
+            *(contender(name, "ours", function) for name, function in ours.items()),
+            contender("reference, PyTorch", "reference", reference.lape_add),
+            contender(_EAGER, "peer", eager_add),
+            contender("eager, compiled", "peer", torch.compile(eager_add, dynamic=False, fullgraph=True)),
+            Contender("clone", "yardstick", lambda: tensors[0].clone(), checked=False),
+        ],
+        truth=truth,
+        reference="reference, PyTorch",
+        passes=passes,
+        dtype=dtype,
+    )
+
+
+def in_place_workload(clip: Clip, device: torch.device) -> Workload:
+    """Each contender changes features of its own, and once more with every call: the first is compared."""
+    frames, dtype = _add_case(device)
+    tensors, _ = _features(clip, frames, dtype, device)
+    features, *tables = tensors
+
+    def contender(name: str, role: str, function: Function) -> Contender:
+        own = [features.clone(), *tables]
+        return Contender(name, role, call_of(function, own, own, None))
+
+    copy = features.clone()
+    ours = _ours(llava_st_ops.lape_add_, device, dtype)
+    return Workload(
+        description=_describe_add("in place", tensors, dtype),
+        contenders=[
+            *(contender(name, "ours", function) for name, function in ours.items()),
+            contender(_EAGER, "peer", eager_add_in_place),
+            Contender("reference, PyTorch", "reference", call_of(reference.lape_add, tensors, tensors, None)),
+            Contender("copy into warm memory", "yardstick", lambda: copy.copy_(features), checked=False),
+        ],
+        truth=lambda: {"output": reference.lape_add(*(x.double() for x in tensors))},
+        reference="reference, PyTorch",
+        passes=[],
+        dtype=dtype,
+    )
+
+
+def scatter_workload(clip: Clip, device: torch.device) -> Workload:
+    """Four samples of 3,000 tokens: a video each, words, and coordinates."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    samples, length, video, words = 4, 3000, 2520, 32000
+    generator = torch.Generator().manual_seed(0)
+    sources = [_random((n, WIDTH), seed, dtype, device) for seed, n in enumerate((words, ANCHORS, ANCHORS, ANCHORS))]
+    sources.append(_random((samples * video, WIDTH), 4, dtype, device))
+    ids = torch.randint(0, words, (samples, length), generator=generator)
+    axis = torch.full((samples, length), -1, dtype=torch.int8)
+    axis[:, video::4] = torch.randint(0, 3, axis[:, video::4].shape, generator=generator).to(torch.int8)
+    positions = torch.rand((samples, length), generator=generator, dtype=torch.float64)
+    visual_index = torch.full((samples, length), -1)
+    visual_index[:, :video] = torch.arange(samples * video).view(samples, video)
+    tokens = [x.flatten().to(device) for x in (ids, axis, positions, visual_index)]
+
+    def ours(*arguments: Tensor) -> Tensor:
+        *rows, visual = arguments
+        return llava_st_ops.lape_scatter(*rows, *tokens, visual)
+
+    def plain(*arguments: Tensor) -> Tensor:
+        *rows, visual = arguments
+        return reference.lape_scatter(*rows, *tokens, visual)
+
+    output = torch.empty(samples * length, WIDTH, dtype=dtype, device=device).copy_(plain(*sources))
+    eager = "eager, vectorised"
+    return Workload(
+        description=_description(
+            f"lape_scatter {samples} x {length} tokens",
+            "forward",
+            dtype,
+            "a batch of LLaVA-ST's samples: 2,520 visual tokens each, words, and a coordinate every fourth",
+            eager,
+            bytes_read=_bytes(output),
+            bytes_written=_bytes(output),
+            bytes_counted="a row read and written per token",
+        ),
+        contenders=[
+            *(Contender(n, "ours", call_of(f, sources, sources, None)) for n, f in _ours(ours, device, dtype).items()),
+            Contender("reference, PyTorch", "reference", call_of(plain, sources, sources, None)),
+            Contender(eager, "peer", call_of(lambda *x: eager_scatter(*x, *tokens), sources, sources, None)),
+            Contender("clone", "yardstick", lambda: output.clone(), checked=False),
+        ],
+        truth=lambda: {"output": plain(*(x.double() for x in sources))},
+        reference="reference, PyTorch",
+        passes=[([output], [_bytes(output)])],
+        dtype=dtype,
+    )
+
+
+def loss_workload(device: torch.device) -> Workload:
+    """2,700 tokens over the vocabulary of Qwen2: on a CPU with a tenth of the width, which it can afford."""
+    gpu = device.type == "cuda"
+    dtype, width, chunk = (torch.bfloat16, WIDTH, 1024) if gpu else (torch.float32, 256, 256)
+    count, words = 2700, 152064
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(count, width), (words, width), *[(ANCHORS, width)] * 3]
+    sources = [_random(s, i, dtype, device).mul_(0.05 if i else 1).requires_grad_() for i, s in enumerate(shapes)]
+    axis = torch.randint(-3, 3, (count,), generator=generator).clamp(min=-1).to(torch.int8)
+    labels = torch.randint(0, words, (count,), generator=generator)
+    positions = torch.rand(count, generator=generator, dtype=torch.float64)
+    tokens = [x.to(device) for x in (labels, axis, positions)]
+    one = (torch.ones((), dtype=torch.float32, device=device),)
+    baseline = "chunked PyTorch"
+
+    def ours(*arguments: Tensor) -> Tensor:
+        return llava_st_ops.coordinate_cross_entropy(*arguments, *tokens)
+
+    def chunked(*arguments: Tensor) -> Tensor:
+        return chunked_loss(*arguments, *tokens, chunk=chunk)
+
+    def truth() -> dict[str, Tensor]:
+        wide = [x.detach().double().requires_grad_() for x in sources]
+        results = call_of(chunked, wide, wide, (one[0].double(),))()
+        return dict(zip(("loss", "grad_hidden", "grad_weight", *_TABLES), results, strict=True))
+
+    return Workload(
+        description=_description(
+            f"coordinate_cross_entropy {count} tokens x {words} + {3 * ANCHORS} classes, width {width}",
+            "forward+backward",
+            dtype,
+            "a sample of LLaVA-ST with Qwen2's vocabulary",
+            baseline,
+            flops=3 * 2 * count * (words + 3 * ANCHORS) * width,
+            flops_counted="logits and the gradients of both factors; logits that are computed again do not count",
+        ),
+        contenders=[
+            *(Contender(n, "ours", call_of(f, sources, sources, one)) for n, f in _ours(ours, device, dtype).items()),
+            Contender(baseline, "peer", call_of(chunked, sources, sources, one)),
+        ],
+        truth=truth,
+        reference=baseline,
+        passes=[],
+        dtype=dtype,
+        rounds=3,
+    )
+
+
+Builder = Callable[[Clip, torch.device], Workload]
+
+# Name, and whether the memory that results lie on matters: then it is measured with huge pages, too.
+BUILDERS: dict[str, tuple[Builder, bool]] = {
+    "lape_add, forward": (functools.partial(add_workload, "forward"), True),
+    "lape_add, in place": (in_place_workload, False),
+    "lape_add, forward+backward": (functools.partial(add_workload, "forward+backward"), True),
+    "lape_scatter, forward": (scatter_workload, True),
+    "coordinate_cross_entropy, forward+backward": (lambda clip, device: loss_workload(device), False),
+}
