@@ -22,7 +22,7 @@ from .clip import Clip, default_clip, open_clip
 from .environment import HUGE_PAGE_VARIABLE, ROOT, describe
 from .measure import Rounds, make_timer
 from .peers import available_backends
-from .position_workloads import BUILDERS
+from .position_workloads import builders
 from .runner import Settings, run
 from .workloads import Workload, attention_workload, packer_workload
 
@@ -59,7 +59,7 @@ def _workloads(options: argparse.Namespace, clip: Clip, device: torch.device) ->
     ]
     found += [
         (name, lambda build=build: build(clip, device))
-        for name, (build, on_huge_pages) in BUILDERS.items()
+        for name, (build, on_huge_pages) in builders(device).items()
         if (options.fragment is None or on_huge_pages) and not (options.quick and "backward" in name)
     ]
     # Matrix products fill the packer's time on a CPU: what pages its results lie on makes no difference to speak of.

