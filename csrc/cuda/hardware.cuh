@@ -21,6 +21,11 @@ struct alignas(16) Words {
   uint32_t word[4];
 };
 
+/// What one of half that width moves.
+struct alignas(8) WordPair {
+  uint32_t word[2];
+};
+
 /// A pair of floats, as two 16-bit numbers in one word hold it; `low` comes first in memory.
 struct FloatPair {
   float low, high;
@@ -93,6 +98,7 @@ LLAVA_ST_DEVICE T atomic_add(T* to, T value) {
 }
 
 LLAVA_ST_DEVICE float exp2(float x) { return ::exp2f(x); }
+LLAVA_ST_DEVICE float log2(float x) { return ::log2f(x); }
 
 /// 1 / x to within one unit in the last place.
 LLAVA_ST_DEVICE float fast_reciprocal(float x) {
@@ -137,6 +143,13 @@ LLAVA_ST_DEVICE T* settled(T* pointer) {
   return pointer;
 }
 
+/// The same number. What follows from it is calculated where it is needed instead of being kept in registers
+/// for as long.
+LLAVA_ST_DEVICE int afresh(int number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
+
 // Loads of what this launch only reads, once: past the L1 cache. Where `wanted` is false nothing is read and the result
 // is zero. They are volatile so that they are issued where they stand, many in a row, before the first is waited for.
 
@@ -157,6 +170,21 @@ LLAVA_ST_DEVICE Words load_once(const Words* from, bool wanted) {
   return to;
 }
 
+LLAVA_ST_DEVICE WordPair load_once(const WordPair* from, bool wanted) {
+  WordPair to;
+  asm volatile(
+      "{\n"
+      ".reg .pred wanted;\n"
+      "setp.ne.b32 wanted, %3, 0;\n"
+      "mov.b32 %0, 0;\n"
+      "mov.b32 %1, 0;\n"
+      "@wanted ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];\n"
+      "}\n"
+      : "=&r"(to.word[0]), "=&r"(to.word[1])
+      : "l"(from), "r"(static_cast<int>(wanted)));
+  return to;
+}
+
 LLAVA_ST_DEVICE float load_once(const float* from, bool wanted) { return wanted ? __ldg(from) : 0.0f; }
 LLAVA_ST_DEVICE BFloat16 load_once(const BFloat16* from, bool wanted) {
   return {wanted ? __ldg(&from->bits) : static_cast<uint16_t>(0)};
@@ -165,13 +193,67 @@ LLAVA_ST_DEVICE Float16 load_once(const Float16* from, bool wanted) {
   return {wanted ? __ldg(&from->bits) : static_cast<uint16_t>(0)};
 }
 
+// The same of what this thread may have written, or may write afterwards.
+
+LLAVA_ST_DEVICE Words load_for_update(const Words* from, bool wanted) {
+  Words to;
+  asm volatile(
+      "{\n"
+      ".reg .pred wanted;\n"
+      "setp.ne.b32 wanted, %5, 0;\n"
+      "mov.b32 %0, 0;\n"
+      "mov.b32 %1, 0;\n"
+      "mov.b32 %2, 0;\n"
+      "mov.b32 %3, 0;\n"
+      "@wanted ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "}\n"
+      : "=&r"(to.word[0]), "=&r"(to.word[1]), "=&r"(to.word[2]), "=&r"(to.word[3])
+      : "l"(from), "r"(static_cast<int>(wanted))
+      : "memory");
+  return to;
+}
+
+LLAVA_ST_DEVICE WordPair load_for_update(const WordPair* from, bool wanted) {
+  WordPair to;
+  asm volatile(
+      "{\n"
+      ".reg .pred wanted;\n"
+      "setp.ne.b32 wanted, %3, 0;\n"
+      "mov.b32 %0, 0;\n"
+      "mov.b32 %1, 0;\n"
+      "@wanted ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];\n"
+      "}\n"
+      : "=&r"(to.word[0]), "=&r"(to.word[1])
+      : "l"(from), "r"(static_cast<int>(wanted))
+      : "memory");
+  return to;
+}
+
+LLAVA_ST_DEVICE float load_for_update(const float* from, bool wanted) { return wanted ? *from : 0.0f; }
+LLAVA_ST_DEVICE BFloat16 load_for_update(const BFloat16* from, bool wanted) { return wanted ? *from : BFloat16{0}; }
+LLAVA_ST_DEVICE Float16 load_for_update(const Float16* from, bool wanted) { return wanted ? *from : Float16{0}; }
+
+/// A load of what this launch only reads, many times: kept in the L1 cache.
+LLAVA_ST_DEVICE Words load_often(const Words* from) {
+  const uint4 to = __ldg(reinterpret_cast<const uint4*>(from));
+  return {{to.x, to.y, to.z, to.w}};
+}
+LLAVA_ST_DEVICE WordPair load_often(const WordPair* from) {
+  const uint2 to = __ldg(reinterpret_cast<const uint2*>(from));
+  return {{to.x, to.y}};
+}
+LLAVA_ST_DEVICE float load_often(const float* from) { return __ldg(from); }
+
 /// A store of what is soon read again, and one of what is not and may leave the caches first.
 template <class T>
 LLAVA_ST_DEVICE void store(T* to, T value) {
   *to = value;
 }
 LLAVA_ST_DEVICE void store(Words* to, Words value) {
-  *reinterpret_cast<uint4*>(to) = make_uint4(value.word[0], value.word[1], value.word[2], value.word[3]);
+  __stwb(reinterpret_cast<uint4*>(to), make_uint4(value.word[0], value.word[1], value.word[2], value.word[3]));
+}
+LLAVA_ST_DEVICE void store(WordPair* to, WordPair value) {
+  __stwb(reinterpret_cast<uint2*>(to), make_uint2(value.word[0], value.word[1]));
 }
 template <class T>
 LLAVA_ST_DEVICE void store_streaming(T* to, T value) {

@@ -32,13 +32,17 @@ class Device {
   torch::stable::accelerator::DeviceGuard guard_;
 };
 
-/// What kernels read, and where they write.
+/// What kernels read, where they write, and what they do both to.
 template <class T>
 const T* input_data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 template <class T>
 T* result_data(Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+template <class T>
+T* updated_data(Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 

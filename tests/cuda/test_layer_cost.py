@@ -16,7 +16,7 @@ from scripts.kernel_report import read_kernels
 
 _CSRC = Path(__file__).resolve().parents[2] / "csrc"
 _MAIN = (_CSRC / "cuda" / "point_to_region_attention").glob("*.cuh")
-_ELEMENTS = _CSRC / "cuda" / "elements.cuh"
+_SHARED = [_CSRC / "cuda" / name for name in ("elements.cuh", "packed_grids.cuh")]
 
 # What device code calls, and what it would say without the layer.
 _RAW = {
@@ -55,7 +55,7 @@ _MACROS = r"""
                : "l"(from), "r"(static_cast<int>(wanted)));                                                    \
   to_; })
 #define raw_store(to, value) \
-  (*reinterpret_cast<uint4*>(to) = make_uint4(value.word[0], value.word[1], value.word[2], value.word[3]))
+  __stwb(reinterpret_cast<uint4*>(to), make_uint4(value.word[0], value.word[1], value.word[2], value.word[3]))
 #define raw_store_streaming(to, value) \
   __stcs(reinterpret_cast<uint4*>(to), make_uint4(value.word[0], value.word[1], value.word[2], value.word[3]))
 """
@@ -85,7 +85,7 @@ def write_raw_sources(folder: Path) -> Path:
     csrc = folder / "csrc"
     shutil.copytree(_CSRC, csrc)
     replaced = set()
-    for path in [csrc / path.relative_to(_CSRC) for path in (*_MAIN, _ELEMENTS)]:
+    for path in [csrc / path.relative_to(_CSRC) for path in (*_MAIN, *_SHARED)]:
         text = path.read_text()
         for pattern, raw in _RAW.items():
             text, count = re.subn(pattern, raw, text)

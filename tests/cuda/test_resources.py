@@ -123,6 +123,56 @@ def test_only_the_layout_of_single_elements_has_narrow_accesses(kernels):
     assert not narrow, "\n".join(narrow)
 
 
+# What kernels of rows in packets move at once, in bits; 64 are also numbers that tell where packed videos begin.
+# lape_scatter reads and writes rows of tables whatever their dtype and alignment, and is looked at below.
+ROW_KERNELS = {
+    "lape_add_forward": {VECTOR, INTEGER},
+    "lape_add_keep_rest": {VECTOR, INTEGER},
+    "lape_add_sum_tiles": {VECTOR, VECTOR // 2},  # gradients in half vectors, sums in float
+    "lape_add_sum_slices": {VECTOR, VECTOR // 2},
+    "lape_add_finish": {VECTOR, VECTOR // 2},
+    "lape_scatter_sum_segments": {VECTOR, INTEGER},
+}
+
+
+def row_packets(kernel: Kernel) -> tuple[str, int] | None:
+    """Of a kernel that moves rows in packets: its name, and how many elements make a packet."""
+    found = re.fullmatch(r"(\w+)<Packets<\w+, (\d+)>.*>", kernel.name)
+    return (found[1], int(found[2])) if found else None
+
+
+def widths(code: Code) -> set[int]:
+    return {*code.loads, *code.constant_loads, *code.stores}
+
+
+def test_rows_move_in_packets_or_single_elements(kernels):
+    layouts, narrow = defaultdict(set), []
+    for kernel in kernels:
+        if (found := row_packets(kernel)) is None:
+            continue
+        name, count = found
+        layouts[kernel.architecture, name].add(count > 1)
+        if name in ROW_KERNELS and count > 1 and (odd := widths(kernel.code) - ROW_KERNELS[name]):
+            narrow.append(f"{kernel} moves {sorted(odd)} bits at once")
+        if name in ROW_KERNELS and count == 1:
+            assert widths(kernel.code) & {16, 32}, f"{kernel} shows no narrow access, so that the check sees none"
+    assert {name for _, name in layouts} >= {*ROW_KERNELS, "lape_scatter_forward", "lape_scatter_gather"}
+    assert all(both == {True, False} for both in layouts.values()), layouts
+    assert not narrow, "\n".join(narrow)
+
+
+def test_rows_of_embeddings_are_copied_in_vectors(kernels):
+    """Four loads are under way at once, and there are as many stores."""
+    for kernel in kernels:
+        if row_packets(kernel) is None or not kernel.name.startswith("lape_scatter_") or row_packets(kernel)[1] == 1:
+            continue
+        code = kernel.code
+        assert code.constant_loads[VECTOR] >= 4, str(kernel)
+        if "forward" in kernel.name:
+            assert code.stores.keys() == {VECTOR}, str(kernel)
+            assert code.stores[VECTOR] >= 4, str(kernel)
+
+
 def test_parse_resources():
     text = """
 Fatbin ptx code:

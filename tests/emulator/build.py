@@ -67,7 +67,9 @@ def _fingerprint(compiler: str) -> str:
     parts = [version, *_FLAGS, *_DEFINES, *flags, *_includes(), torch.__version__, pybind11.__version__]
     digest = hashlib.sha256("\n".join(parts).encode())
     folders = (source_folder(), _HERE)
-    for path in sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in _SUFFIXES):
+    elsewhere = source_folder() / "cpu"  # no part of it
+    paths = (path for folder in folders for path in folder.rglob("*") if elsewhere not in path.parents)
+    for path in sorted(path for path in paths if path.suffix in _SUFFIXES):
         digest.update(path.as_posix().encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

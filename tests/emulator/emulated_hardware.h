@@ -97,6 +97,7 @@ LLAVA_ST_LAYER T atomic_add(T* to, T value) {
 }
 
 inline float exp2(float x) { return std::exp2f(x); }
+inline float log2(float x) { return std::log2f(x); }
 inline float fast_reciprocal(float x) { return 1.0f / x; }
 inline float maximum(float a, float b) { return std::fmaxf(a, b); }
 
@@ -153,12 +154,27 @@ T* settled(T* pointer) {
   return pointer;
 }
 
+inline int afresh(int number) { return number; }
+
 template <class T>
 LLAVA_ST_LAYER T load_once(const T* from, bool wanted) {
   if (!wanted) return {};
   emulator::check_alignment(from, alignof(T), "a load");
   emulator::announce_load(from, sizeof(T));
   return emulator::load(from);
+}
+
+template <class T>
+LLAVA_ST_LAYER T load_for_update(const T* from, bool wanted) {
+  if (!wanted) return {};
+  emulator::check_alignment(from, alignof(T), "a load");
+  emulator::announce_read(from, sizeof(T));
+  return emulator::load(from);
+}
+
+template <class T>
+LLAVA_ST_LAYER T load_often(const T* from) {
+  return load_once(from, true);
 }
 
 template <class T>

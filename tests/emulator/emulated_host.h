@@ -44,6 +44,11 @@ T* result_data(Tensor& tensor) {
   emulator::allow_writing(tensor.mutable_data_ptr(), span_in_bytes(tensor));
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
+template <class T>
+T* updated_data(Tensor& tensor) {
+  emulator::allow_updating(tensor.mutable_data_ptr(), span_in_bytes(tensor));
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
 
 inline bool on_host(const Tensor&) { return !emulator::settings().tensors_on_device; }
 inline bool is_capturing(void*) { return false; }

@@ -383,6 +383,10 @@ std::map<std::string, int64_t>& launches() { return current_launches; }
 
 void allow_reading(const void* data, size_t bytes) { memory.allow(data, bytes, Space::kInput, "an input"); }
 void allow_writing(void* data, size_t bytes) { memory.allow(data, bytes, Space::kResult, "a result"); }
+void allow_updating(void* data, size_t bytes) {
+  memory.allow(data, bytes, Space::kResult, "an input that is updated");
+  if (bytes > 0) memory.mark_written(data, bytes);
+}
 void forget_memory() { memory.forget(); }
 
 void copy_to_device(void* to, const void* from, size_t bytes) {
@@ -457,6 +461,10 @@ void check_alignment(const void* address, size_t bytes, const char* what) {
 
 void announce_load(const void* address, size_t bytes) {
   check_access(address, bytes, Use::kReadOnly, __builtin_return_address(0));
+}
+
+void announce_read(const void* address, size_t bytes) {
+  check_access(address, bytes, Use::kRead, __builtin_return_address(0));
 }
 
 void announce_store(void* address, size_t bytes) {

@@ -44,6 +44,7 @@ std::map<std::string, int64_t>& launches();
 /// stack is out of bounds.
 void allow_reading(const void* data, size_t bytes);
 void allow_writing(void* data, size_t bytes);
+void allow_updating(void* data, size_t bytes);  // there is something in it
 void forget_memory();
 
 /// Copies into memory that may be written, from the host.
@@ -87,7 +88,8 @@ void check_alignment(const void* address, size_t bytes, const char* what);
 
 // Accesses that the layer makes: announced to the emulator, and made out of sight of the compiler's instrumentation.
 
-void announce_load(const void* address, size_t bytes);
+void announce_load(const void* address, size_t bytes);  // read-only
+void announce_read(const void* address, size_t bytes);
 void announce_store(void* address, size_t bytes);
 void announce_atomic(void* address, size_t bytes);
 

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -40,7 +42,8 @@ def test_overrun_is_caught():
     assert "zoo.cuh" in wrong.stderr
 
 
-def test_kernels():
-    result = run("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "tests/emulator/test_emulated_attention.py")
+@pytest.mark.parametrize("kernels", ["attention", "lape"])
+def test_kernels(kernels):
+    result = run("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/emulator/test_emulated_{kernels}.py")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "passed" in result.stdout

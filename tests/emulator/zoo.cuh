@@ -234,7 +234,7 @@ LLAVA_ST_GLOBAL void result_loaded_as_read_only(const float* input, float* resul
   result[thread_index()] = input[thread_index()];
   block_barrier();
   const float* const from = result + neighbour();
-  result[kThreads + thread_index()] = RIGHT ? *from : load_once(from, true);
+  result[kThreads + thread_index()] = RIGHT ? load_for_update(from, true) : load_once(from, true);
 }
 
 /// Two blocks write the same numbers.

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "../packed_grids.cuh"
 #include "backward.cuh"
 #include "forward.cuh"
 #include "packed.cuh"
@@ -43,12 +44,9 @@ inline AttentionProblem dense_problem(int64_t samples, Extent grid, Extent regio
   return problem;
 }
 
-/// Device memory for the offsets and grids of a packed problem, in 64-bit integers.
-inline int64_t packed_scratch_size(int64_t videos) { return 2 * (videos + 1) + 3 * videos; }
-
-/// No video is longer than `longest` along any axis, or has more than `keys` tokens that exist.
-inline AttentionProblem packed_problem(int64_t queries, int64_t keys, int64_t videos, Extent longest, Extent region,
-                                       int64_t heads, int64_t head_dim, double scale, int64_t* scratch) {
+/// No video is longer than `longest` along any axis, or has more tokens than exist.
+inline AttentionProblem packed_problem(int64_t queries, const PackedVideos& videos, Extent longest, Extent region,
+                                       int64_t heads, int64_t head_dim, double scale) {
   // A region longer than all videos is as good as one as long as they are, and cannot overflow.
   const auto shorten = [&](int64_t size, int64_t most) { return smaller(size, std::max<int64_t>(most, 1)); };
   AttentionProblem problem = {};
@@ -58,18 +56,11 @@ inline AttentionProblem packed_problem(int64_t queries, int64_t keys, int64_t vi
   problem.head_dim = static_cast<int>(head_dim);
   problem.scale = static_cast<float>(scale);
   problem.region = {shorten(region.t, longest.t), shorten(region.h, longest.h), shorten(region.w, longest.w)};
-  problem.offsets = reinterpret_cast<PackedOffset*>(scratch);
-  problem.grids = reinterpret_cast<Extent*>(scratch + 2 * (videos + 1));
-  problem.videos = videos;
-  problem.keys = keys;
+  problem.offsets = videos.offsets;
+  problem.grids = videos.grids;
+  problem.videos = videos.videos;
+  problem.keys = videos.tokens;
   return problem;
-}
-
-/// Fills the offsets and grids of a packed problem from a contiguous `grid_thw` on the device.
-template <class Integer>
-void locate(const AttentionProblem& problem, const Integer* grid_thw, void* stream) {
-  launch<locate_videos<Integer>>({1, kScanThreads, stream}, grid_thw, problem.videos, problem.region, problem.keys,
-                                 const_cast<PackedOffset*>(problem.offsets), const_cast<Extent*>(problem.grids));
 }
 
 /// No region of the problem has more keys.
@@ -85,15 +76,12 @@ inline int64_t most_keys(const AttentionProblem& problem) {
 /// Whether all rows can be read in vectors of sixteen bytes.
 template <class T>
 bool aligned(const T* data) {
-  return reinterpret_cast<uintptr_t>(data) % sizeof(Words) == 0;
+  return aligned(data, sizeof(Words) / sizeof(T));
 }
 
 template <class T>
 bool aligned(const Operand<T>& operand) {
-  const TokenStrides& s = operand.strides;
-  constexpr int64_t elements = sizeof(Words) / sizeof(T);
-  const int64_t rest = (s.sample | s.t | s.h | s.w | s.head) % elements;
-  return rest == 0 && aligned(operand.data);
+  return aligned(operand, sizeof(Words) / sizeof(T));
 }
 
 /// Keys in a chunk: nine, those of LLaVA-ST's spatial regions, or the next multiple of the groups.

@@ -1,6 +1,7 @@
 // point_to_region_attention and its kin on CUDA: checked tensors in, launches on the current stream, tensors out.
 #include "../../attention_call.h"
-#include "../host.h"
+#include "../element_types.h"
+#include "../packed_grids.h"
 #include "dispatch.h"
 
 namespace llava_st {
@@ -22,21 +23,6 @@ namespace {
 using cuda::AttentionProblem;
 using cuda::Device;
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
-
-/// Calls `visit` with an element of the tensor's dtype.
-template <class Visit>
-void with_element(const char* op, const Tensor& query, const Visit& visit) {
-  switch (query.scalar_type()) {
-    case ScalarType::Float:
-      return visit(float{});
-    case ScalarType::BFloat16:
-      return visit(cuda::BFloat16{});
-    case ScalarType::Half:
-      return visit(cuda::Float16{});
-    default:
-      fail(op, ": query must be float32, bfloat16 or float16 on a CUDA device, got ", to_text(query.scalar_type()));
-  }
-}
 
 TokenStrides strides_of(const Tensor& tensor) {
   return cuda::strides_that_count(tensor.sizes().data(), tensor.strides().data(), tensor.dim() == 3);
@@ -69,47 +55,25 @@ AttentionProblem problem_of(const char* op, const DenseCall& call) {
 
 /// A packed problem and the device memory for where its videos begin.
 struct PackedProblem {
-  Tensor scratch;
+  DeviceGrids grids;
   AttentionProblem attention;
 
-  AttentionProblem attention_in_scratch(const char* op, const PackedCall& call, Extent longest) {
+  AttentionProblem attention_of(const char* op, const PackedCall& call, Extent longest) {
     check_places(op, cuda::clip(call.region, longest));
-    return cuda::packed_problem(call.queries, call.keys, call.videos, longest, call.region, call.heads, call.head_dim,
-                                call.scale, cuda::result_data<int64_t>(scratch));
+    return cuda::packed_problem(call.queries, grids.videos(), longest, call.region, call.heads, call.head_dim,
+                                call.scale);
   }
 
   PackedProblem(const char* op, const PackedCall& call, const Tensor& query, const Tensor& grid_thw, void* stream)
-      : scratch(allocate(op, "the offsets of grid_thw", {cuda::packed_scratch_size(call.videos)}, query,
-                         ScalarType::Long)) {
+      : grids(op, call.videos, call.keys, query) {
     if (cuda::on_host(grid_thw)) {
-      upload(op, call, read_grids(op, grid_thw, call), stream);
-      return;
-    }
-    attention = attention_in_scratch(op, call, {call.keys, call.keys, call.keys});
-    const Tensor grids = torch::stable::contiguous(grid_thw);
-    if (grids.scalar_type() == ScalarType::Long) {
-      cuda::locate(attention, cuda::input_data<int64_t>(grids), stream);
+      const PackedGrids packed = read_grids(op, grid_thw, call);
+      attention = attention_of(op, call, longest_of(packed.grids));
+      grids.upload(op, packed, "query", stream);
     } else {
-      cuda::locate(attention, cuda::input_data<int32_t>(grids), stream);
+      attention = attention_of(op, call, {call.keys, call.keys, call.keys});
+      grids.locate(grid_thw, attention.region, stream);
     }
-    cuda::check_launches();
-  }
-
- private:
-  void upload(const char* op, const PackedCall& call, const PackedGrids& packed, void* stream) {
-    LLAVA_ST_CHECK(!cuda::is_capturing(stream), op,
-                   ": grid_thw must be on the device of query while a CUDA graph is captured, got cpu");
-    Extent longest = {0, 0, 0};
-    for (const Extent& grid : packed.grids) {
-      longest = {std::max(longest.t, grid.t), std::max(longest.h, grid.h), std::max(longest.w, grid.w)};
-    }
-    attention = attention_in_scratch(op, call, longest);
-    const auto copy = [&](const auto* to, const auto& from) {
-      cuda::copy_to_device(const_cast<void*>(static_cast<const void*>(to)), from.data(), from.size() * sizeof(from[0]),
-                           stream);
-    };
-    copy(attention.offsets, packed.offsets);
-    copy(attention.grids, packed.grids);
   }
 };
 
@@ -117,7 +81,7 @@ Tensor run_forward(const char* op, const AttentionProblem& problem, const std::v
                    const Tensor& query, const Tensor& key, const Tensor& value, void* stream) {
   Tensor output = allocate(op, "the output", query_shape, query);
   const Tensor q = with_contiguous_rows(query), k = with_contiguous_rows(key), v = with_contiguous_rows(value);
-  with_element(op, query, [&](auto element) {
+  with_element(op, {"query", query}, [&](auto element) {
     using T = decltype(element);
     const cuda::ForwardArguments<T> arguments = {problem, input_operand<T>(q), input_operand<T>(k), input_operand<T>(v),
                                                  cuda::result_data<T>(output)};
@@ -140,7 +104,7 @@ Gradients run_backward(const char* op, const AttentionProblem& problem, const Te
   Tensor grad_value = allocate_gradient(op, "the gradient of value", value);
   const Tensor g = with_contiguous_rows(grad_output);
   const Tensor q = with_contiguous_rows(query), k = with_contiguous_rows(key), v = with_contiguous_rows(value);
-  with_element(op, query, [&](auto element) {
+  with_element(op, {"query", query}, [&](auto element) {
     using T = decltype(element);
     const cuda::BackwardArguments<T> arguments = {
         problem,

@@ -3,17 +3,9 @@
 
 #include "../../geometry/regions.h"
 #include "../divisor.cuh"
-#include "../hardware.cuh"
+#include "../operand.cuh"
 
 namespace llava_st::cuda {
-
-/// A `[sample, T, H, W, heads, D]` tensor with contiguous rows of D elements. Packed `[tokens, heads, D]` tensors keep
-/// the stride of a token in `strides.w`; their other token strides follow from each video's grid.
-template <class T>
-struct Operand {
-  T* data;
-  TokenStrides strides;
-};
 
 struct AttentionProblem {
   int64_t queries;  // regions of all samples together
@@ -28,7 +20,7 @@ struct AttentionProblem {
   Extent grid;
   Divisor by_regions, by_regions_h, by_regions_w;
 
-  // Where the batch is packed: see packed.cuh. All of it is on the device.
+  // Where the batch is packed: see packed_grids.cuh. All of it is on the device.
   const PackedOffset* offsets;
   const Extent* grids;
   int64_t videos;

@@ -1,6 +1,7 @@
 // propagate_to_neighbors on CUDA.
 #include "../../geometry/regions.h"
 #include "../../propagation_call.h"
+#include "../element_types.h"
 #include "../host.h"
 #include "propagate_to_neighbors.cuh"
 
@@ -23,20 +24,7 @@ Tensor propagate_to_neighbors(const Tensor& input) {
   const cuda::Device device(x);
   Tensor y = allocate(kPropagateToNeighbors, "the result", {x.size(0), x.size(1)}, x);
   if (y.numel() == 0) return y;
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      run<float>(x, y, device.stream);
-      break;
-    case ScalarType::BFloat16:
-      run<cuda::BFloat16>(x, y, device.stream);
-      break;
-    case ScalarType::Half:
-      run<cuda::Float16>(x, y, device.stream);
-      break;
-    default:
-      fail(kPropagateToNeighbors, ": x must be float32, bfloat16 or float16 on a CUDA device, got ",
-           to_text(x.scalar_type()));
-  }
+  with_element(kPropagateToNeighbors, {"x", x}, [&](auto element) { run<decltype(element)>(x, y, device.stream); });
   return y;
 }
 

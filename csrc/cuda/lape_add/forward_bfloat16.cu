@@ -1,0 +1,5 @@
+// An instantiation by itself, so that the build runs in parallel.
+#include "dispatch.h"
+
+template void llava_st::cuda::launch_resize(const ResizeArguments<BFloat16>&, void*);
+template void llava_st::cuda::launch_lape_add(const AddArguments<BFloat16>&, bool, bool, bool, void*);

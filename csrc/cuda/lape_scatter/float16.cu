@@ -1,0 +1,5 @@
+// An instantiation by itself, so that the build runs in parallel.
+#include "dispatch.h"
+
+template void llava_st::cuda::launch_lape_scatter(const ScatterArguments<Float16>&, void*);
+template void llava_st::cuda::launch_lape_scatter_backward(const GatherArguments<Float16>&, void*);
