@@ -51,11 +51,12 @@ class CudaLoss {
                                              cuda::updated_data<float>(target) + token};
     const float* const logits = cuda::input_data<float>(z);
     const cuda::LaunchShape shape = {z.size(0), cuda::kLossThreads, stream_};
-    const auto kernel = z.size(1) % 4 == 0 ? &cuda::launch<cuda::update_statistics<4>, const float*, int64_t, int64_t,
-                                                           cuda::LossTargets, cuda::LossStatistics>
-                                           : &cuda::launch<cuda::update_statistics<1>, const float*, int64_t, int64_t,
-                                                           cuda::LossTargets, cuda::LossStatistics>;
-    kernel(shape, logits, z.size(1), first, view(targets, token), statistics);
+    const cuda::LossTargets found = view(targets, token);
+    if (z.size(1) % 4 == 0) {
+      cuda::launch<cuda::update_statistics<4>>(shape, logits, z.size(1), first, found, statistics);
+    } else {
+      cuda::launch<cuda::update_statistics<1>>(shape, logits, z.size(1), first, found, statistics);
+    }
     cuda::check_launches();
   }
 
@@ -70,22 +71,21 @@ class CudaLoss {
     cuda::check_launches();
   }
 
-  /// In the dtype of `operand`: where that is float, in place.
+  /// In the dtype of `operand`, float or bfloat16: float in place.
   Tensor logit_gradient(Tensor& z, int64_t first, int64_t token, TargetTensors& targets, const Tensor& logsumexp,
                         const Tensor& grad_losses, const Tensor& operand) const {
-    Tensor gradient =
-        operand.scalar_type() == wide ? z : allocate(op_, "gradients of logits", {z.size(0), z.size(1)}, operand);
-    with_element(op_, {"hidden", operand}, [&](auto element) {
-      using T = decltype(element);
-      float* const logits = cuda::updated_data<float>(z);
-      T* const to = operand.scalar_type() == wide ? reinterpret_cast<T*>(logits) : cuda::result_data<T>(gradient);
-      if (z.size(1) % 4 == 0) {
-        launch_gradient<T, 4>(logits, to, z, first, view(targets, token), logsumexp, grad_losses, token);
-      } else {
-        launch_gradient<T, 1>(logits, to, z, first, view(targets, token), logsumexp, grad_losses, token);
-      }
-    });
-    cuda::check_launches();
+    float* const logits = cuda::updated_data<float>(z);
+    const auto run = [&](auto* to) {
+      using T = std::remove_pointer_t<decltype(to)>;
+      const auto launch = z.size(1) % 4 == 0 ? &CudaLoss::launch_gradient<T, 4> : &CudaLoss::launch_gradient<T, 1>;
+      (this->*launch)(logits, to, z, first, view(targets, token), logsumexp, grad_losses, token);
+    };
+    if (operand.scalar_type() == wide) {
+      run(logits);
+      return z;
+    }
+    Tensor gradient = allocate(op_, "gradients of logits", {z.size(0), z.size(1)}, operand);
+    run(cuda::result_data<cuda::BFloat16>(gradient));
     return gradient;
   }
 
@@ -122,6 +122,7 @@ class CudaLoss {
     cuda::launch<cuda::logit_gradient<T, ELEMENTS>>(
         {z.size(0) * parts, cuda::kLossThreads, stream_}, logits, to, z.size(1), parts, first, targets,
         cuda::input_data<float>(logsumexp) + token, cuda::input_data<float>(grad_losses) + token);
+    cuda::check_launches();
   }
 
   const char* op_;
