@@ -312,12 +312,6 @@ def test_in_place(view, rounding, dtype):
         assert features._base.isnan().sum() == around.isnan().sum()
 
 
-def test_expanded_features_are_not_changed_in_place():
-    features, *tables = Case(1, (3, 4, 5), (4, 3, 5), 8).inputs(torch.float32)
-    with pytest.raises(RuntimeError, match="lape_add_: features must have memory for every entry"):
-        raw().lape_add_(features[:, :1].expand(features.shape), *tables)
-
-
 # Exactness
 
 
@@ -532,15 +526,6 @@ def test_packed_grids_that_make_no_sense(huge, cut):
         for grid in (huge, cut)
     ]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def test_packed_grids_on_the_host_are_checked():
-    features, *tables = [random(7, 8), *random_tables((2, 5, 3), 8, torch.float32)]
-    with emulated(tensors_on_device=False) as ops:
-        for op in (ops.lape_add_packed, ops.lape_add_packed_backward):
-            for grids, complaint in (([(1, 2, 2)], "add up to.*got 4"), ([(1, 2, -2)], "not be negative")):
-                with pytest.raises(RuntimeError, match=f"grid_thw must {complaint}"):
-                    op(features, *tables, torch.tensor(grids))
 
 
 # lape_scatter ---------------------------------------------------------------------------------------------------------
@@ -783,35 +768,3 @@ def test_scatter_destinations_that_make_no_sense(entries):
         random(4, 16, dtype=torch.bfloat16), torch.tensor(entries), tokens, share, *case.sources()
     )
     assert not any(x.isnan().any() for x in grads)
-
-
-# What launchers refuse ------------------------------------------------------------------------------------------------
-
-
-def test_float64_has_no_kernel():
-    features, *tables = Case(1, (1, 2, 2), (2, 2, 2), 4).inputs(torch.float64)
-    only = "must be float32, bfloat16 or float16 on a CUDA device, got float64"
-    with pytest.raises(RuntimeError, match=f"lape_add: features {only}"):
-        raw().lape_add(features, *tables)
-    with pytest.raises(RuntimeError, match=f"lape_add_: temporal {only}"):
-        raw().lape_add_(features.float(), *tables)
-    with pytest.raises(RuntimeError, match=f"lape_add_backward: grad_output {only}"):
-        raw().lape_add_backward(features, *tables)
-    with pytest.raises(RuntimeError, match=f"lape_add_packed: features {only}"):
-        raw().lape_add_packed(features.flatten(0, 3), *tables, torch.tensor([[1, 2, 2]]))
-    case = scatter_case(torch.float64)
-    with pytest.raises(RuntimeError, match=f"lape_scatter: embed {only}"):
-        raw().lape_scatter(*case.arguments())
-    case = scatter_case(torch.float32, torch.float64)
-    with pytest.raises(RuntimeError, match=f"lape_scatter_backward: temporal {only}"):
-        raw().lape_scatter_backward(random(40, 16), *case.entries(), *case.sources())
-
-
-def test_shapes_are_checked():
-    features, *tables = Case(1, (1, 2, 2), (2, 2, 2), 4).inputs(torch.float32)
-    with pytest.raises(RuntimeError, match=r"lape_add: features must have 5 dimensions \[B, T, H, W, C\]"):
-        raw().lape_add(features[0], *tables)
-    with pytest.raises(RuntimeError, match="lape_add: width must have shape"):
-        raw().lape_add(features, *tables[:2], tables[2][:, :3])
-    with pytest.raises(RuntimeError, match="lape_add_packed: grid_thw must be int32 or int64"):
-        raw().lape_add_packed(features.flatten(0, 3), *tables, torch.ones(1, 3))

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from tests.emulator.backend import emulated
+from tests.emulator.test_emulated_lape import Case as LapeCase
+from tests.emulator.test_emulated_lape import random, random_tables, scatter_case
 from tests.ops.test_errors import BAD_DENSE, BAD_PACKED, CASE, dense, packed
 from tests.ops.test_torch_integration import raw_calls
 
@@ -61,3 +63,49 @@ def test_opcheck(name):
     with emulated(name) as ops:
         op, arguments = raw_calls(torch.float32, requires_grad=not name.endswith("backward"), ops=ops)[name]
         torch.library.opcheck(op, arguments)
+
+
+# lape_add and lape_scatter -------------------------------------------------------------------------------------------
+
+
+def test_expanded_features_are_not_changed_in_place(ops):
+    features, *tables = LapeCase(1, (3, 4, 5), (4, 3, 5), 8).inputs(torch.float32)
+    with pytest.raises(RuntimeError, match="lape_add_: features must have memory for every entry"):
+        ops.lape_add_(features[:, :1].expand(features.shape), *tables)
+
+
+def test_packed_grids_on_the_host_are_checked(ops):
+    features, *tables = [random(7, 8), *random_tables((2, 5, 3), 8, torch.float32)]
+    for op in (ops.lape_add_packed, ops.lape_add_packed_backward):
+        for grids, complaint in (([(1, 2, 2)], "add up to.*got 4"), ([(1, 2, -2)], "not be negative")):
+            with pytest.raises(RuntimeError, match=f"grid_thw must {complaint}"):
+                op(features, *tables, torch.tensor(grids))
+
+
+def test_float64_has_no_kernel_of_lape(ops):
+    features, *tables = LapeCase(1, (1, 2, 2), (2, 2, 2), 4).inputs(torch.float64)
+    only = "must be float32, bfloat16 or float16 on a CUDA device, got float64"
+    with pytest.raises(RuntimeError, match=f"lape_add: features {only}"):
+        ops.lape_add(features, *tables)
+    with pytest.raises(RuntimeError, match=f"lape_add_: temporal {only}"):
+        ops.lape_add_(features.float(), *tables)
+    with pytest.raises(RuntimeError, match=f"lape_add_backward: grad_output {only}"):
+        ops.lape_add_backward(features, *tables)
+    with pytest.raises(RuntimeError, match=f"lape_add_packed: features {only}"):
+        ops.lape_add_packed(features.flatten(0, 3), *tables, torch.tensor([[1, 2, 2]]))
+    case = scatter_case(torch.float64)
+    with pytest.raises(RuntimeError, match=f"lape_scatter: embed {only}"):
+        ops.lape_scatter(*case.arguments())
+    case = scatter_case(torch.float32, torch.float64)
+    with pytest.raises(RuntimeError, match=f"lape_scatter_backward: temporal {only}"):
+        ops.lape_scatter_backward(random(40, 16), *case.entries(), *case.sources())
+
+
+def test_shapes_of_lape_are_checked(ops):
+    features, *tables = LapeCase(1, (1, 2, 2), (2, 2, 2), 4).inputs(torch.float32)
+    with pytest.raises(RuntimeError, match=r"lape_add: features must have 5 dimensions \[B, T, H, W, C\]"):
+        ops.lape_add(features[0], *tables)
+    with pytest.raises(RuntimeError, match="lape_add: width must have shape"):
+        ops.lape_add(features, *tables[:2], tables[2][:, :3])
+    with pytest.raises(RuntimeError, match="lape_add_packed: grid_thw must be int32 or int64"):
+        ops.lape_add_packed(features.flatten(0, 3), *tables, torch.ones(1, 3))
