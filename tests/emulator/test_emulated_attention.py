@@ -324,6 +324,8 @@ def lenient_reference(grid_thw: torch.Tensor, region):
         pytest.param([(1, 3, 4), (2, 3, 3)], 30, 1, id="one query"),
         pytest.param([(1, 3, 4), (-2, -3, 3), (1, -1, -1), (1, 2, 2)], 16, 6, id="negative sizes"),
         pytest.param([(3, 3, 3)], 5, 8, id="one video, cut short"),
+        pytest.param([(1, 3, 4), (-2, 3, 3), (1, 2, 2)], 16, 5, id="a negative time"),
+        pytest.param([(1, 7, 3), (1, 2, 2)], 25, 2, id="a tall video, fewer queries than regions"),
     ],
 )
 def test_packed_grids_that_do_not_add_up(grids, keys, queries, dim):

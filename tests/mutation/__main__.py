@@ -33,15 +33,26 @@ _HERE = Path(__file__).resolve().parent
 _ROOT = _HERE.parents[1]
 _WORK = _ROOT / "build" / "mutants"
 _RECORD = _ROOT / "benchmarks" / "results" / "mutation.json"
-# Those of the CUDA kernels alone. Most of what all backends have in common is left out, to save half of the time.
-_TESTS = (
-    "tests/emulator/test_emulated_attention.py",
-    "tests/emulator/test_launchers.py",
-    "tests/ops/test_neighboring_token_propagation.py",
-)
-_PYTEST = ("-x", "-q", "-p", "no:cacheprovider", "--no-header", "-k", "emulated or launchers", *_TESTS)
+# Those of the CUDA kernels alone, by the folder of the kernel; shared files take all. Most of what all backends have in
+# common is left out, to save half of the time.
+_ATTENTION = ("tests/emulator/test_emulated_attention.py", "tests/emulator/test_launchers.py")
+_LAPE = ("tests/emulator/test_emulated_lape.py", "tests/emulator/test_launchers.py")
+_TESTS = {
+    "cuda/point_to_region_attention/": _ATTENTION,
+    "cuda/lape_add/": _LAPE,
+    "cuda/lape_scatter/": _LAPE,
+    "cuda/coordinate_cross_entropy/": ("tests/ops/test_coordinate_cross_entropy.py",),
+    "cuda/propagate_to_neighbors/": ("tests/ops/test_neighboring_token_propagation.py",),
+}
+_PYTEST = ("-x", "-q", "-p", "no:cacheprovider", "--no-header", "-k", "(emulated or launchers) and not compile")
 _NO_VERDICT = 100
 _PATIENCE = 2  # how many times as much processor time as without a mutant the tests may take
+
+
+def tests_of(file: str) -> list[str]:
+    """The tests that should notice a fault in a source file."""
+    found = [tests for folder, tests in _TESTS.items() if file.startswith(folder)] or _TESTS.values()
+    return sorted({test for tests in found for test in tests})
 
 
 def write_sources() -> list[Mutant]:
@@ -66,7 +77,7 @@ def run_without_mutant(reached: Path) -> float:
     """How much processor time the tests take. Notes which mutants they could tell from the original."""
     reached.unlink(missing_ok=True)
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    command = [sys.executable, "-m", "pytest", *_PYTEST]
+    command = [sys.executable, "-m", "pytest", *_PYTEST, *tests_of("")]
     environ = {**os.environ, **environment(LLAVA_ST_MUTANTS_REACHED=str(reached))}
     result = subprocess.run(command, cwd=_ROOT, env=environ, capture_output=True, text=True)
     if result.returncode != 0:
@@ -87,7 +98,7 @@ def start(mutant: Mutant, patience: int) -> int:
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
         os.environ.update(environment(LLAVA_ST_MUTANT=str(mutant.number)))
-        status = int(pytest.main(list(_PYTEST)))
+        status = int(pytest.main([*_PYTEST, *tests_of(mutant.file)]))
     finally:
         os._exit(status)
 
