@@ -19,7 +19,7 @@ class CpuLoss {
   }
 
   const ScalarType wide;
-  const TileLimits limits = {int64_t{1} << 24, int64_t{1} << 24};  // 64 MiB of float
+  const TileLimits limits = {int64_t{1} << 23, int64_t{1} << 23};  // 32 MiB of float
 
   Tensor operand(const Tensor& tensor, const Tensor&) const { return cpu::contiguous_in(tensor, wide); }
   void product(const Tensor& a, const Tensor& b, Tensor& out) const { multiply(a, b, out); }

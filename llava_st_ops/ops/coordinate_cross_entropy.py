@@ -80,7 +80,7 @@ def coordinate_cross_entropy(
         A float32 scalar (float64 for float64 hidden); for "none" of the shape of labels. Softmax and sums are in
         float32 (float64) whatever the dtype of hidden. Differentiable once, in hidden, weight and tables.
 
-    Memory: besides the gradients that are wanted, a tile of logits of at most 64 MiB and a few vectors. The gradient of
+    Memory: besides the gradients that are wanted, a tile of logits of at most 32 MiB and a few vectors. The gradient of
     a class is summed over all tokens in float32 before it is rounded.
 
     Tokens that are not active are left out before anything is computed, which waits for the GPU once; not so under

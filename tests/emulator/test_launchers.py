@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tests.emulator.backend import emulated
-from tests.emulator.test_emulated_lape import Case as LapeCase
-from tests.emulator.test_emulated_lape import random, random_tables, scatter_case
+from tests.emulator.emulated_lape import random, random_tables
+from tests.emulator.test_emulated_lape_add import Case as LapeCase
+from tests.emulator.test_emulated_lape_scatter import scatter_case
 from tests.ops.test_errors import BAD_DENSE, BAD_PACKED, CASE, dense, packed
 from tests.ops.test_torch_integration import raw_calls
 

@@ -36,11 +36,12 @@ _RECORD = _ROOT / "benchmarks" / "results" / "mutation.json"
 # Those of the CUDA kernels alone, by the folder of the kernel; shared files take all. Most of what all backends have in
 # common is left out, to save half of the time.
 _ATTENTION = ("tests/emulator/test_emulated_attention.py", "tests/emulator/test_launchers.py")
-_LAPE = ("tests/emulator/test_emulated_lape.py", "tests/emulator/test_launchers.py")
+_ADD = ("tests/emulator/test_emulated_lape_add.py", "tests/emulator/test_launchers.py")
+_SCATTER = ("tests/emulator/test_emulated_lape_scatter.py", "tests/emulator/test_launchers.py")
 _TESTS = {
     "cuda/point_to_region_attention/": _ATTENTION,
-    "cuda/lape_add/": _LAPE,
-    "cuda/lape_scatter/": _LAPE,
+    "cuda/lape_add/": _ADD,
+    "cuda/lape_scatter/": _SCATTER,
     "cuda/coordinate_cross_entropy/": ("tests/ops/test_coordinate_cross_entropy.py",),
     "cuda/propagate_to_neighbors/": ("tests/ops/test_neighboring_token_propagation.py",),
 }
