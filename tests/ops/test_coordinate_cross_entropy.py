@@ -76,11 +76,11 @@ def test_tables_of_another_dtype(on_backend, dtype, table_dtype):
     check(problem(23, 16, dtype=dtype, device=on_backend, table_dtype=table_dtype), reduction="sum")
 
 
-def test_tiles(on_backend, monkeypatch):
-    """More classes than a tile holds, and more tokens: on the CPU and in the emulator as they are, elsewhere too."""
-    values = problem(4100, 2, words=9000, device=on_backend)
+def test_tiles(on_backend):
+    """More classes than a tile holds, and more tokens."""
+    values = problem(4100, 2, words=2100, device=on_backend)
     values["labels"] = torch.where(values["labels"] == -100, 3, values["labels"])
-    values["labels"][::5] = 8990
+    values["labels"][::5] = 2090
     check(values, reduction="mean")
 
 
