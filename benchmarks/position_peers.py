@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llava_st_ops.reference.coordinate_loss import targets_of
 from llava_st_ops.reference.lape import anchors_around
 
 
@@ -58,17 +59,6 @@ def eager_scatter(
     return output
 
 
-def _targets(labels: Tensor, axis: Tensor, positions: Tensor, words: int, counts: Sequence[int]) -> tuple[Tensor, ...]:
-    low, high, ratio = labels.clone(), labels.clone(), torch.zeros_like(positions)
-    first = words
-    for number, count in enumerate(counts):
-        here = axis == number
-        below, above, between = anchors_around(positions[here], count)
-        low[here], high[here], ratio[here] = first + below, first + above, between
-        first += count
-    return low, high, ratio
-
-
 class _ChunkedSum(torch.autograd.Function):
     """The sum of all losses, with the gradients of a chunk of tokens computed as soon as its logits are there."""
 
@@ -110,7 +100,7 @@ def chunked_loss(
 ) -> Tensor:
     """The mean over tokens, all of them active, in plain PyTorch: chunks of tokens, so that only their logits exist."""
     tables = (temporal, height, width)
-    targets = _targets(labels, axis, positions, len(weight), [len(table) for table in tables])
+    targets = targets_of(labels, axis, positions, len(weight), tables)
     return _ChunkedSum.apply(hidden, torch.cat([weight, *tables]), targets, chunk) / len(labels)
 
 

@@ -4,8 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <array>
-#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>

@@ -6,8 +6,6 @@
 // outer loop, so that the gradient of a class is a sum over tokens inside one product, and is rounded once.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
 #include <tuple>
 
 #include "lape_call.h"

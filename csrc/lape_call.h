@@ -1,6 +1,9 @@
 // What calls of lape_add and lape_scatter, and of their backward ops, must fulfil: for the CPU and the CUDA library.
 #pragma once
 
+#include <array>
+#include <initializer_list>
+
 #include "geometry/anchors.h"
 #include "grids.h"
 
@@ -56,21 +59,27 @@ inline void check_lape_add_packed(const char* op, Argument features, const Table
 /// How the height and the width lie among their anchors; the time has Alignment::kEnds.
 inline Alignment spatial_alignment(bool text_aligned) { return text_aligned ? Alignment::kText : Alignment::kCenters; }
 
+/// What both scatter ops gather rows from, or scatter gradients to: embed `[V, C]`, the tables, visual `[M, C]`.
+inline void check_scatter_sources(const char* op, const Tensor& embed, const Tables& tables, const Tensor& visual) {
+  const Argument model = {"embed", embed};
+  check_rank(op, model, 2, "[V, C]");
+  check_tables(op, tables, embed.size(1), model);
+  check_rank(op, {"visual", visual}, 2, "[M, C]");
+  check_shape(op, {"visual", visual}, {visual.size(0), embed.size(1)});
+  check_same_kind(op, {"visual", visual}, model);
+}
+
 inline void check_lape_scatter(const char* op, const Tensor& embed, const Tables& tables, const Tensor& input_ids,
                                const Tensor& axis, const Tensor& positions, const Tensor& visual_index,
                                const Tensor& visual) {
   const Argument model = {"embed", embed};
-  check_rank(op, model, 2, "[V, C]");
-  check_tables(op, tables, embed.size(1), model);
+  check_scatter_sources(op, embed, tables, visual);
   check_rank(op, {"input_ids", input_ids}, 1, "[N]");
   const int64_t tokens = input_ids.size(0);
   check_vector(op, {"input_ids", input_ids}, tokens, {ScalarType::Int, ScalarType::Long}, model);
   check_vector(op, {"axis", axis}, tokens, {ScalarType::Char}, model);
   check_vector(op, {"positions", positions}, tokens, {ScalarType::Double}, model);
   check_vector(op, {"visual_index", visual_index}, tokens, {ScalarType::Int, ScalarType::Long}, model);
-  check_rank(op, {"visual", visual}, 2, "[M, C]");
-  check_shape(op, {"visual", visual}, {visual.size(0), embed.size(1)});
-  check_same_kind(op, {"visual", visual}, model);
 }
 
 /// The gradient flows to rows of embed, the three tables and visual, numbered through in this order. Of `entries`
@@ -80,8 +89,7 @@ inline void check_lape_scatter_backward(const char* op, const Tensor& grad_outpu
                                         const Tensor& token, const Tensor& share, const Tensor& embed,
                                         const Tables& tables, const Tensor& visual) {
   const Argument model = {"embed", embed};
-  check_rank(op, model, 2, "[V, C]");
-  check_tables(op, tables, embed.size(1), model);
+  check_scatter_sources(op, embed, tables, visual);
   check_rank(op, {"grad_output", grad_output}, 2, "[N, C]");
   check_shape(op, {"grad_output", grad_output}, {grad_output.size(0), embed.size(1)});
   check_same_kind(op, {"grad_output", grad_output}, model);
@@ -90,9 +98,6 @@ inline void check_lape_scatter_backward(const char* op, const Tensor& grad_outpu
   check_vector(op, {"destination", destination}, entries, {ScalarType::Long}, model);
   check_vector(op, {"token", token}, entries, {ScalarType::Long}, model);
   check_vector(op, {"share", share}, entries, {ScalarType::Double}, model);
-  check_rank(op, {"visual", visual}, 2, "[M, C]");
-  check_shape(op, {"visual", visual}, {visual.size(0), embed.size(1)});
-  check_same_kind(op, {"visual", visual}, model);
 }
 
 }  // namespace llava_st

@@ -1,8 +1,6 @@
 // LAPE's addition on the CPU, forward and backward. Compiled once per instruction set.
 #pragma once
 
-#include <stdlib.h>
-
 #include "position_problem.h"
 #include "rows.h"
 

@@ -1,8 +1,6 @@
 // lape_scatter and its gradient on the CPU: checked tensors in, the kernels' plain view of them, tensors out.
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
-
 #include "../lape_call.h"
 #include "position_host.h"
 

@@ -23,7 +23,7 @@ from .lape import (
 REDUCTIONS = ("none", "mean", "sum", "per_sample_mean", "per_sample_sum")
 
 
-def _targets(
+def targets_of(
     labels: Tensor, axis: Tensor, positions: Tensor, vocabulary: int, tables: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The two classes of each token, and the weight of the second: a label is both of its classes, with weight 0."""
@@ -137,7 +137,7 @@ def coordinate_losses(
     tables = (temporal, height, width)
     active = labels != ignore_index
     wide = computing_dtype(hidden.dtype)
-    low, high, ratio = _targets(labels[active], axis[active], positions[active], len(weight), tables)
+    low, high, ratio = targets_of(labels[active], axis[active], positions[active], len(weight), tables)
     rows = hidden[active].to(wide)
     logits = torch.cat([rows @ source.to(wide).T for source in (weight, *tables)], 1)
     target = blend(logits.gather(1, low[:, None]), logits.gather(1, high[:, None]), ratio[:, None])

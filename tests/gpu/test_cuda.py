@@ -10,22 +10,12 @@ from llava_st_ops import (
     point_to_region_attention,
     point_to_region_attention_packed,
     reference,
-    use_backend,
 )
 from tests.attention_cases import CASES, Case, gradients
 from tests.ops.test_packed import GRIDS, packed_inputs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 CASE = Case(1, (10, 27, 27), (1, 3, 3), 8, 128)
-
-
-@pytest.fixture(params=["cuda", "triton"])
-def kernel(request):
-    verdict = backends.can_run(request.param, "point_to_region_attention", "cuda", torch.bfloat16)
-    if not verdict.ok:
-        pytest.skip(verdict.reason)
-    with use_backend(request.param):
-        yield request.param
 
 
 def test_cuda_graph_replays_forward_and_backward(kernel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llava_st_ops import backends, coordinate_cross_entropy, lape_add, lape_add_packed, lape_scatter, use_backend
+from llava_st_ops import coordinate_cross_entropy, lape_add, lape_add_packed, lape_scatter, use_backend
 from tests.ops.test_coordinate_cross_entropy import SOURCES
 from tests.ops.test_coordinate_cross_entropy import problem as loss_problem
 from tests.ops.test_lape_add import inputs_of
@@ -14,15 +14,6 @@ from tests.ops.test_lape_scatter import problem as scatter_problem
 from tests.position_cases import NAN
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-
-
-@pytest.fixture(params=["cuda", "triton"])
-def kernel(request):
-    verdict = backends.can_run(request.param, "lape_add", "cuda", torch.bfloat16)
-    if not verdict.ok:
-        pytest.skip(verdict.reason)
-    with use_backend(request.param):
-        yield request.param
 
 
 def steps():
