@@ -18,6 +18,9 @@ OPS = (
     "lape_add_packed",
     "lape_scatter",
     "coordinate_cross_entropy",
+    "normalized_region_attention",
+    "linear_lape_gelu",
+    "gelu_linear_gradient",
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -153,8 +153,20 @@ def register_autograd(registry: torch.library.Library, op: torch._ops.OpOverload
 _SAVED = object()  # stands in for a tensor that autograd keeps
 
 
+def register_without_gradient(registry: torch.library.Library, op: torch._ops.OpOverload, instead: str) -> None:
+    """Makes it an error to want gradients through `op`, which has none; `instead` has some."""
+
+    def kernel(*arguments: Any) -> Any:
+        if has_tangent(*arguments) or _needs_gradient(arguments):
+            raise RuntimeError(f"{op}: has no gradient; {instead} has one")
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    registry.impl(op._schema.name, kernel, "Autograd")
+
+
 def register_in_place(registry: torch.library.Library, op: torch._ops.OpOverload, instead: str) -> None:
-    """Makes an op that changes its first argument an error where gradients are wanted: there is `instead`."""
+    """The same for an op that changes its first argument."""
 
     def kernel(*arguments: Any) -> None:
         if has_tangent(*arguments) or _needs_gradient(arguments):

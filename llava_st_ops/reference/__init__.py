@@ -17,6 +17,8 @@ from .lape import (
     propagate_to_neighbors,
     resize_table,
 )
+from .linear_lape_gelu import gelu_linear_gradient, linear_lape_gelu
+from .normalized_region_attention import normalized_region_attention, normalized_region_attention_backward
 from .point_to_region_attention import (
     point_to_region_attention,
     point_to_region_attention_backward,
@@ -29,6 +31,7 @@ __all__ = [
     "coordinate_cross_entropy",
     "coordinate_losses",
     "coordinate_losses_backward",
+    "gelu_linear_gradient",
     "interpolate_rows",
     "lape_add",
     "lape_add_backward",
@@ -36,7 +39,10 @@ __all__ = [
     "lape_add_packed_backward",
     "lape_scatter",
     "lape_scatter_backward",
+    "linear_lape_gelu",
     "neighboring_token_propagation",
+    "normalized_region_attention",
+    "normalized_region_attention_backward",
     "point_to_region_attention",
     "point_to_region_attention_backward",
     "point_to_region_attention_packed",

@@ -15,7 +15,7 @@ def _pad_to_regions(x: Tensor, region: Sequence[int]) -> Tensor:
     return torch.nn.functional.pad(x, [0, 0, 0, 0, 0, w, 0, h, 0, t]) if t or h or w else x
 
 
-def _gather_regions(x: Tensor, region: Sequence[int]) -> Tensor:
+def gather_regions(x: Tensor, region: Sequence[int]) -> Tensor:
     """`[B, T, H, W, heads, D]` to `[B, T', H', W', heads, keys, D]`, the keys of a region in row-major order."""
     rt, rh, rw = region
     x = _pad_to_regions(x, region)
@@ -25,8 +25,8 @@ def _gather_regions(x: Tensor, region: Sequence[int]) -> Tensor:
     return x.reshape(b, t // rt, h // rh, w // rw, heads, rt * rh * rw, dim)
 
 
-def _scatter_regions(regions: Tensor, region: Sequence[int], grid: Sequence[int]) -> Tensor:
-    """The inverse of `_gather_regions`, without the padding: back to `[B, T, H, W, heads, D]`."""
+def scatter_regions(regions: Tensor, region: Sequence[int], grid: Sequence[int]) -> Tensor:
+    """The inverse of `gather_regions`, without the padding: back to `[B, T, H, W, heads, D]`."""
     b, t, h, w, heads, _, dim = regions.shape
     rt, rh, rw = region
     x = regions.reshape(b, t, h, w, heads, rt, rh, rw, dim).permute(0, 1, 5, 2, 6, 3, 7, 4, 8)
@@ -34,7 +34,7 @@ def _scatter_regions(regions: Tensor, region: Sequence[int], grid: Sequence[int]
     return x[:, : grid[0], : grid[1], : grid[2]].contiguous()
 
 
-def _clip_region(region: Sequence[int], grid: Sequence[int]) -> list[int]:
+def clip_region(region: Sequence[int], grid: Sequence[int]) -> list[int]:
     """A region larger than the grid is the whole grid; padding the grid to its size would only cost memory."""
     return [max(1, min(step, size)) for step, size in zip(region, grid, strict=True)]
 
@@ -45,10 +45,14 @@ def _default_scale(head_dim: int) -> float:
 
 def _weights(query: Tensor, keys: Tensor, grid: Sequence[int], region: Sequence[int], scale: float) -> Tensor:
     """Attention weights `[B, T', H', W', heads, 1, keys]` of queries over gathered keys, zero where padded."""
-    scores = torch.matmul(query.unsqueeze(-2) * scale, keys.transpose(-1, -2))
+    return softmax_of_regions(torch.matmul(query.unsqueeze(-2) * scale, keys.transpose(-1, -2)), grid, region)
+
+
+def softmax_of_regions(scores: Tensor, grid: Sequence[int], region: Sequence[int]) -> Tensor:
+    """Weights from scores `[B, T', H', W', heads, rows, keys]` of gathered keys, zero where padded."""
     if any(size % step for size, step in zip(grid, region, strict=True)):
-        inside = torch.ones((1, *grid, 1, 1), dtype=torch.bool, device=keys.device)
-        scores = scores.masked_fill(~_gather_regions(inside, region).transpose(-1, -2), -math.inf)
+        inside = torch.ones((1, *grid, 1, 1), dtype=torch.bool, device=scores.device)
+        scores = scores.masked_fill(~gather_regions(inside, region).transpose(-1, -2), -math.inf)
     return scores.softmax(-1)
 
 
@@ -58,9 +62,9 @@ def point_to_region_attention(
     """query `[B, T', H', W', heads, D]`, key and value `[B, T, H, W, heads, D]` -> `[B, T', H', W', heads, D]`."""
     scale = _default_scale(query.shape[-1]) if scale is None else scale
     grid = key.shape[1:4]
-    region = _clip_region(region, grid)
-    weights = _weights(query, _gather_regions(key, region), grid, region, scale)
-    return torch.matmul(weights, _gather_regions(value, region)).squeeze(-2)
+    region = clip_region(region, grid)
+    weights = _weights(query, gather_regions(key, region), grid, region, scale)
+    return torch.matmul(weights, gather_regions(value, region)).squeeze(-2)
 
 
 def point_to_region_attention_backward(
@@ -74,16 +78,16 @@ def point_to_region_attention_backward(
     """The gradients of query, key and value, written out: what a raw `_backward` op does where it has no kernel."""
     scale = _default_scale(query.shape[-1]) if scale is None else scale
     grid = key.shape[1:4]
-    region = _clip_region(region, grid)
-    keys = _gather_regions(key, region)
+    region = clip_region(region, grid)
+    keys = gather_regions(key, region)
     weights = _weights(query, keys, grid, region, scale)
     grad_output = grad_output.unsqueeze(-2)
-    grad_weights = torch.matmul(grad_output, _gather_regions(value, region).transpose(-1, -2))
+    grad_weights = torch.matmul(grad_output, gather_regions(value, region).transpose(-1, -2))
     grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * scale
     grad_query = torch.matmul(grad_scores, keys).squeeze(-2)
     grad_keys = grad_scores.transpose(-1, -2) * query.unsqueeze(-2)
     grad_values = weights.transpose(-1, -2) * grad_output
-    return grad_query, _scatter_regions(grad_keys, region, grid), _scatter_regions(grad_values, region, grid)
+    return grad_query, scatter_regions(grad_keys, region, grid), scatter_regions(grad_values, region, grid)
 
 
 def _videos(grid_thw: Tensor, region: Sequence[int]) -> Iterator[tuple[slice, list[int], slice, list[int]]]:
