@@ -160,13 +160,17 @@ class LanguageAlignedPositionalEmbedding(nn.Module):
         """The three tables of a side, `"input"` or `"output"`, as they are used: gradients reach neighbouring rows."""
         return [neighboring_token_propagation(getattr(self, f"{axis}_{side}"), compat=self.compat) for axis in AXES]
 
+    def visual_tables(self) -> list[Tensor]:
+        """The three tables that `inject` adds: the means of the input and the output ones."""
+        pairs = zip(self.tables("input"), self.tables("output"), strict=True)
+        released = self.compat == "released"
+        return [(a + b) / 2 if released else (_wide(a) + _wide(b)) / 2 for a, b in pairs]
+
     def inject(self, features: Tensor, grid_thw: Tensor | None = None) -> Tensor:
         """Adds the mean of input and output tables, resized to the grid, to features `[B, T, H, W, C]`, or, with
         `grid_thw` int `[videos, 3]`, to packed ones `[tokens, C]`. An image is a video of one frame."""
-        pairs = zip(self.tables("input"), self.tables("output"), strict=True)
-        released = self.compat == "released"
-        means = [(a + b) / 2 if released else (_wide(a) + _wide(b)) / 2 for a, b in pairs]
-        options = {"text_aligned": self.text_aligned, "round_every_addition": released}
+        means = self.visual_tables()
+        options = {"text_aligned": self.text_aligned, "round_every_addition": self.compat == "released"}
         if grid_thw is None:
             return lape_add(features, *means, **options)
         return lape_add_packed(features, *means, grid_thw, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import point_to_region_attention, region_centers
+from .folding import FoldedPacker, Kept, fold, is_plain, no_positions, pack, why_no_mlp
 from .published_names import rename
 
 # The names of the released checkpoints, and what they are called here.
@@ -27,6 +29,21 @@ _PUBLISHED_STREAMS = {"token_packer.": "spatial.", "token_packer_slow.": "slow."
 _PUBLISHED_WRAPPER = "devide_attention."  # spelled so
 
 
+EXECUTIONS = ("direct", "folded")
+
+
+def check_execution(execution: str) -> str:
+    if execution not in EXECUTIONS:
+        raise ValueError(f"execution must be 'direct' or 'folded', got {execution!r}")
+    return execution
+
+
+def notice_direct(module: nn.Module, reason: str) -> None:
+    """Says that a module does not run folded, as it was asked to; once per place and reason."""
+    if not torch.compiler.is_compiling():
+        warnings.warn(f"{type(module).__name__} runs direct, not folded: {reason}", stacklevel=4)
+
+
 def _mlp(in_features: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_features, out_features), nn.GELU(), nn.Linear(out_features, out_features))
 
@@ -43,6 +60,9 @@ class PointToRegionPacker(nn.Module):
         num_heads: attention heads.
         region: tokens per region along time, height and width; LLaVA-ST uses `(1, 3, 3)` and `(5, 1, 1)`.
         eps: of the LayerNorms; TokenPacker uses 1e-6.
+        execution: `"direct"`, or `"folded"`: the same function with linear maps moved to where there are fewest rows
+            (docs/folding.md), which is faster and, in low precision, not less exact. May be set on a living module.
+            Layers that are not plain ones (adapters, quantised weights, hooks) run direct, with a notice.
 
     Shapes: `[B, T, H, W, C] -> [B, ceil(T / rt), ceil(H / rh), ceil(W / rw), C]`, for any T, H and W.
 
@@ -50,9 +70,16 @@ class PointToRegionPacker(nn.Module):
     """
 
     def __init__(
-        self, visual_dim: int, embed_dim: int, num_heads: int, region: Sequence[int], eps: float = 1e-5
+        self,
+        visual_dim: int,
+        embed_dim: int,
+        num_heads: int,
+        region: Sequence[int],
+        eps: float = 1e-5,
+        execution: str = "direct",
     ) -> None:
         super().__init__()
+        self.execution = execution
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim must be a multiple of num_heads, {num_heads}, got {embed_dim}")
         self.num_heads = num_heads
@@ -68,6 +95,7 @@ class PointToRegionPacker(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * embed_dim))
         self.out_proj = nn.Linear(embed_dim, embed_dim)
         self.output = nn.Linear(embed_dim, visual_dim, bias=False)
+        self._folded = Kept()
         self.reset_parameters()
         self.register_load_state_dict_pre_hook(self._accept_published_names)
 
@@ -86,6 +114,12 @@ class PointToRegionPacker(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """features `[B, T, H, W, C]` -> `[B, T', H', W', C]`."""
         centers = region_centers(features, self.region)
+        if self.execution == "folded":
+            reason = self.why_not_folded()
+            if reason is None:
+                folded = self.folded(centers.shape[:4].numel())
+                return pack(folded, centers, features, no_positions(folded, features.shape[1:4]))
+            notice_direct(self, reason)
         query_weight, key_weight, value_weight = self.in_proj_weight.chunk(3)
         query_bias, key_bias, value_bias = self.in_proj_bias.chunk(3)
         query = nn.functional.linear(self.query_norm(self.query_mlp(centers)), query_weight, query_bias)
@@ -95,8 +129,44 @@ class PointToRegionPacker(nn.Module):
         pooled = point_to_region_attention(query, key, value, self.region).flatten(-2)
         return centers + self.output(self.out_proj(pooled))
 
+    @property
+    def execution(self) -> str:
+        return self._execution
+
+    @execution.setter
+    def execution(self, execution: str) -> None:
+        self._execution = check_execution(execution)
+
+    def folded(self, queries: int) -> FoldedPacker:
+        """The matrices of the folded execution: computed once, and anew when a parameter has changed; in the graph
+        where gradients are wanted, then as is best for so many queries."""
+        parameters = list(self.parameters())
+        return self._folded.get(parameters, lambda kept: fold(self, None, None if kept else queries))
+
+    def refresh(self) -> None:
+        """To be called after writes to parameters that torch does not see (through `.data`)."""
+        self._folded.forget()
+
+    def why_not_folded(self) -> str | None:
+        """Why the folded execution cannot be had; None where it can."""
+        for name in ("query_mlp", "key_mlp", "value_mlp"):
+            reason = why_no_mlp(getattr(self, name))
+            if reason is not None:
+                return f"{name}: {reason}"
+        kinds = {"query_norm": nn.LayerNorm, "key_norm": nn.LayerNorm, "value_norm": nn.LayerNorm}
+        for name, kind in {**kinds, "out_proj": nn.Linear, "output": nn.Linear}.items():
+            if not is_plain(getattr(self, name), kind):
+                return f"{name} is not a plain {kind.__name__}, but {type(getattr(self, name)).__name__}"
+        if self.key_norm.eps != self.value_norm.eps:
+            return f"key_norm and value_norm differ in eps, {self.key_norm.eps} and {self.value_norm.eps}"
+        return None
+
+    def _apply(self, *arguments: Any, **options: Any) -> PointToRegionPacker:
+        self._folded.forget()
+        return super()._apply(*arguments, **options)
+
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, region={self.region}"
+        return f"num_heads={self.num_heads}, region={self.region}, execution={self.execution!r}"
 
     @staticmethod
     def _accept_published_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
@@ -117,6 +187,7 @@ class SpatialTemporalPacker(nn.Module):
         spatial_factor: side, in tokens, of the regions of the first packer.
         temporal_factor: frames per region of the slow stream.
         fast_factor: side of the regions of the fast stream, in tokens of the first packer's output.
+        execution: of all three packers, `"direct"` or `"folded"` (see `PointToRegionPacker`).
 
     Shapes, for a 27 x 27 grid and the default factors: `[B, T, 27, 27, C] -> (slow [B, ceil(T / 5), 9, 9, C],
     fast [B, T, 3, 3, C])`. Any T, any grid, any width; a single frame is its own slow seed.
@@ -133,12 +204,31 @@ class SpatialTemporalPacker(nn.Module):
         spatial_factor: int = 3,
         temporal_factor: int = 5,
         fast_factor: int = 3,
+        execution: str = "direct",
     ) -> None:
         super().__init__()
-        self.spatial = PointToRegionPacker(visual_dim, embed_dim, num_heads, (1, spatial_factor, spatial_factor))
-        self.slow = PointToRegionPacker(visual_dim, embed_dim, num_heads, (temporal_factor, 1, 1))
-        self.fast = PointToRegionPacker(visual_dim, embed_dim, num_heads, (1, fast_factor, fast_factor))
+        regions = {
+            "spatial": (1, spatial_factor, spatial_factor),
+            "slow": (temporal_factor, 1, 1),
+            "fast": (1, fast_factor, fast_factor),
+        }
+        for name, region in regions.items():
+            setattr(self, name, PointToRegionPacker(visual_dim, embed_dim, num_heads, region, execution=execution))
         self.register_load_state_dict_pre_hook(self._accept_published_names)
+
+    @property
+    def execution(self) -> str:
+        return self.spatial.execution
+
+    @execution.setter
+    def execution(self, execution: str) -> None:
+        for packer in (self.spatial, self.slow, self.fast):
+            packer.execution = execution
+
+    def refresh(self) -> None:
+        """To be called after writes to parameters that torch does not see (through `.data`)."""
+        for packer in (self.spatial, self.slow, self.fast):
+            packer.refresh()
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """features `[B, T, H, W, C]` -> `(slow, fast)`, both on grids of their own, channels last."""

@@ -1,0 +1,223 @@
+"""A packer with its linear maps moved to where they are applied to the fewest rows (docs/folding.md).
+
+- Head absorption: there is one query for many keys, so the in-projection of the keys, and the scale of their LayerNorm,
+  move to the queries; those of the values move behind the pooling.
+- The first layers of the key and the value MLP are one product.
+- What is linear before them, the second layer of a projector and LAPE's addition, is multiplied into them.
+- What is linear behind the pooling is one matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, layer_norm, linear
+
+from ..ops import lape_mlp, normalized_region_attention
+from ..reference.lape import computing_dtype
+
+Tables = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class FoldedPacker:
+    """The matrices of a folded packer. Heads have D channels each, the packer E, features K, and results C.
+
+    `positions` are what anchors of time, height and width add before the GELU, `[n, 2 E]` each; None without LAPE.
+    `between` and `output` are what follows the pooling, one matrix where `between` is None.
+    """
+
+    region: tuple[int, int, int]
+    eps: float  # of the LayerNorms of keys and values
+    query_eps: float
+    query_layers: tuple[Tensor, ...]  # weight and bias: two layers, the LayerNorm, the in-projection
+    first_weight: Tensor  # [2 E, K], keys before values
+    first_bias: Tensor  # [2 E]
+    positions: Tables | None
+    second_weights: tuple[Tensor, Tensor]  # [E, E] each
+    second_biases: tuple[Tensor, Tensor]
+    absorbed: Tensor  # [heads, D, E]: from a head's query to what is multiplied with normalised keys
+    value_weight: Tensor  # [heads, E, D]
+    value_bias: Tensor  # [heads D]
+    between: tuple[Tensor, Tensor] | None
+    output_weight: Tensor  # [C, heads D]
+    output_bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Before:
+    """What is linear before a packer: a projector's second layer, and LAPE's tables or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    tables: Sequence[Tensor] | None
+
+
+def fold(packer: nn.Module, before: Before | None, queries: int | None = None) -> FoldedPacker:
+    """The matrices of a `PointToRegionPacker`, part of the graph where gradients are wanted.
+
+    `queries` says how many there will be, where the matrices are for one use: below the width of the features, one
+    matrix behind the pooling costs more than it saves.
+    """
+    queries_mlp, keys, values = packer.query_mlp, packer.key_mlp, packer.value_mlp
+    first_weight = torch.cat([keys[0].weight, values[0].weight])
+    first_bias = torch.cat([keys[0].bias, values[0].bias])
+    positions = None
+    if before is not None:
+        wide = _wide(first_weight)
+        if before.bias is not None:
+            first_bias = linear(_wide(before.bias), wide, _wide(first_bias))
+        if before.tables is not None:
+            positions = tuple(linear(_wide(table), wide) for table in before.tables)
+        first_weight = first_weight @ before.weight
+
+    query_weight, key_weight, value_weight = packer.in_proj_weight.chunk(3)
+    query_bias, _, value_bias = packer.in_proj_bias.chunk(3)
+    heads = packer.num_heads
+    scale = (key_weight.shape[0] // heads) ** -0.5
+    # The softmax does not see what is the same for all keys of a region, such as the LayerNorm's shift.
+    gain = _with_zero_gradient(packer.key_norm.weight, packer.key_norm.bias)
+    absorbed = _wide(key_weight) * (_wide(gain) * scale)
+    absorbed = absorbed - absorbed.mean(-1, keepdim=True)  # normalised keys have no mean
+    gained = _wide(value_weight) * _wide(packer.value_norm.weight)
+    value_bias = linear(_wide(packer.value_norm.bias), _wide(value_weight), _wide(value_bias))
+
+    out, output = packer.out_proj, packer.output
+    between = (out.weight, out.bias)
+    output_weight, output_bias = output.weight, None
+    if queries is None or queries >= output.weight.shape[0]:
+        between = None
+        output_weight = output.weight @ out.weight
+        output_bias = linear(_wide(out.bias), _wide(output.weight)).to(output.weight.dtype)
+    dtype = key_weight.dtype
+    return FoldedPacker(
+        region=packer.region,
+        eps=packer.key_norm.eps,
+        query_eps=packer.query_norm.eps,
+        query_layers=(
+            queries_mlp[0].weight,
+            queries_mlp[0].bias,
+            queries_mlp[2].weight,
+            queries_mlp[2].bias,
+            packer.query_norm.weight,
+            packer.query_norm.bias,
+            query_weight,
+            query_bias,
+        ),
+        first_weight=first_weight,
+        first_bias=first_bias,
+        positions=positions,
+        second_weights=(keys[2].weight, values[2].weight),
+        second_biases=(keys[2].bias, values[2].bias),
+        absorbed=absorbed.to(dtype).unflatten(0, (heads, -1)),
+        value_weight=gained.to(dtype).unflatten(0, (heads, -1)).transpose(1, 2),
+        value_bias=value_bias.to(dtype),
+        between=between,
+        output_weight=output_weight,
+        output_bias=output_bias,
+    )
+
+
+def pack(folded: FoldedPacker, centers: Tensor, features: Tensor, positions: Sequence[Tensor]) -> Tensor:
+    """What a packer makes of features.
+
+    Args:
+        folded: its matrices.
+        centers: `[B, T', H', W', C]`, the centres of the regions, as the packer itself would see them.
+        features: `[B, T, H, W, K]`, what `folded.first_weight` is for.
+        positions: what frames, rows and columns add before the GELU: `[T, 2 E]`, `[H, 2 E]`, `[W, 2 E]`.
+    """
+    key, value = lape_mlp(
+        features, folded.first_weight, folded.first_bias, positions, folded.second_weights, folded.second_biases
+    )
+    query, grid = _query(folded, centers), centers.shape[:4]
+    query = query.reshape(-1, folded.absorbed.shape[0], folded.absorbed.shape[1]).transpose(0, 1)
+    absorbed = torch.matmul(query, folded.absorbed).transpose(0, 1).unflatten(0, grid)
+    pooled = normalized_region_attention(absorbed, key, value, folded.region, folded.eps)
+    values = torch.matmul(pooled.flatten(0, 3).transpose(0, 1), folded.value_weight)
+    attended = values.transpose(0, 1).flatten(1).unflatten(0, grid) + folded.value_bias
+    if folded.between is not None:
+        attended = linear(attended, *folded.between)
+    return centers + linear(attended, folded.output_weight, folded.output_bias)
+
+
+def _query(folded: FoldedPacker, centers: Tensor) -> Tensor:
+    first, first_bias, second, second_bias, gain, shift, weight, bias = folded.query_layers
+    x = linear(gelu(linear(centers, first, first_bias)), second, second_bias)
+    return linear(layer_norm(x, gain.shape, gain, shift, folded.query_eps), weight, bias)
+
+
+def no_positions(folded: FoldedPacker, grid: Sequence[int]) -> list[Tensor]:
+    """Of a packer that has no LAPE before it."""
+    zero = folded.first_bias.new_zeros(1, folded.first_bias.shape[0])
+    return [zero.expand(size, -1) for size in grid]
+
+
+class Kept:
+    """Matrices that are computed once and kept until a parameter changes.
+
+    A change is seen by a tensor's version and memory: optimizer steps, `load_state_dict`, `.to` and edits under
+    `no_grad` are; writes through `.data` are not, after which `forget` is to be called.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        self._key: Any = None
+        self._value: Any = None
+        self._memory: list[torch.UntypedStorage] = []  # so that no other tensor can get it while its address is a key
+
+    def get(self, parameters: Sequence[Tensor], compute: Callable[[bool], Any]) -> Any:
+        """`compute(True)`, or what it gave before; where a gradient may be wanted, `compute(False)`, in the graph."""
+        wanted = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
+        # A tensor made in inference mode has no version; and compiled code cannot look at one.
+        if wanted or torch.compiler.is_compiling() or any(parameter.is_inference() for parameter in parameters):
+            return compute(False)
+        device = parameters[0].device.type
+        key = [(p.data_ptr(), p._version, p.dtype, p.device, p.shape, p.stride()) for p in parameters]
+        key.append((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)))
+        if key != self._key:
+            with torch.inference_mode(False), torch.no_grad():
+                self._value = compute(True)
+            self._key = key
+            self._memory = [parameter.untyped_storage() for parameter in parameters]
+        return self._value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
+        return Kept()
+
+    def __reduce__(self) -> Any:
+        return Kept, ()
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module does what its kind does and no more: adapters, quantised and parametrised layers have classes
+    of their own, others hooks."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is kind and not any(hooks)
+
+
+def why_no_mlp(module: nn.Module) -> str | None:
+    """Why a module is not `Linear, GELU, Linear` with an exact GELU; None where it is."""
+    if not is_plain(module, nn.Sequential) or len(module) != 3:
+        return f"not a Sequential of Linear, GELU and Linear, but {type(module).__name__}"
+    for layer, kind in zip(module, (nn.Linear, nn.GELU, nn.Linear), strict=True):
+        if not is_plain(layer, kind):
+            return f"a layer is not a plain {kind.__name__}, but {type(layer).__module__}.{type(layer).__name__}"
+    if module[1].approximate != "none":
+        return f"its GELU is approximate, {module[1].approximate!r}"
+    return None
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(computing_dtype(tensor.dtype))
+
+
+def _with_zero_gradient(x: Tensor, unused: Tensor) -> Tensor:
+    """x, and a gradient of zeros for a parameter of the same shape that the result does not depend on."""
+    return torch.where(torch.zeros((), dtype=torch.bool, device=x.device), unused, x)

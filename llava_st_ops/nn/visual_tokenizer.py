@@ -1,0 +1,203 @@
+"""From the features of a vision tower to the visual tokens of a language model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .folded_path import FoldedPath, run_path
+from .folding import Before, FoldedPacker, Kept, fold, why_no_mlp
+from .lape import LanguageAlignedPositionalEmbedding
+from .packers import PointToRegionPacker, SpatialTemporalPacker, check_execution, notice_direct
+
+CHUNK_TOKENS = 1 << 14
+
+
+class VisualTokenizer(nn.Module):
+    """LLaVA-ST's path from vision features to tokens: projector, positions (LAPE) and Spatial-Temporal Packer.
+
+    Args:
+        projector: `nn.Sequential(nn.Linear, nn.GELU, nn.Linear)`, from the width of the vision tower to that of the
+            language model.
+        lape: what is added to projected features; None, as in the first training stage: nothing.
+        packer: what shrinks videos. Images are not packed.
+        execution: `"folded"`, or `"direct"`: the published order of operations, the definition of right. `"folded"` is
+            the same function with linear maps moved to where there are fewest rows (docs/folding.md). May be set on a
+            living module. A projector or packer with layers that are not plain ones (adapters, quantised weights,
+            hooks) runs direct, with a notice.
+        recompute: folded training does not keep the projector's hidden activation, the largest tensor of all, but
+            calculates it again in the backward pass.
+        chunk_tokens: folded execution takes about so many features at a time (whole regions of frames), so that memory
+            for what lies between does not grow with the video. 0: all at once.
+
+    The parameters are those of the three modules, whatever the execution, and so are the names in a state dict. Where
+    no gradient is wanted the folded matrices are computed once, and anew when a parameter changes: optimizer steps,
+    `load_state_dict`, `.to` and edits under `no_grad` are seen; after writes through `.data` call `refresh()`. Where
+    gradients are wanted the matrices are part of the graph and every parameter gets its gradient. Compiled code
+    computes them in every call: serve and export what `freeze()` gives.
+    """
+
+    def __init__(
+        self,
+        projector: nn.Module,
+        lape: LanguageAlignedPositionalEmbedding | None,
+        packer: SpatialTemporalPacker,
+        execution: str = "folded",
+        *,
+        recompute: bool = False,
+        chunk_tokens: int = CHUNK_TOKENS,
+    ) -> None:
+        super().__init__()
+        if chunk_tokens < 0:
+            raise ValueError(f"chunk_tokens must not be negative, got {chunk_tokens}")
+        self.projector = projector
+        self.lape = lape
+        self.packer = packer
+        self.execution = execution
+        self.recompute = recompute
+        self.chunk_tokens = chunk_tokens
+        self._folded = Kept()
+
+    @property
+    def execution(self) -> str:
+        return self._execution
+
+    @execution.setter
+    def execution(self, execution: str) -> None:
+        self._execution = check_execution(execution)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Videos: features `[B, T, H, W, Cv]` -> `(slow, fast)`, both `[B, T', H', W', C]` (see
+        `SpatialTemporalPacker`)."""
+        _check(features)
+        if self.execution == "folded":
+            reason = self.why_not_folded()
+            if reason is None:
+                queries = _queries(features, self.packer)
+                return run_path(self._path(queries), features, self.chunk_tokens, self.recompute)
+            notice_direct(self, reason)
+        return self.packer(self.images(features))
+
+    def images(self, features: Tensor) -> Tensor:
+        """Images, which keep all their tokens: features `[B, 1, H, W, Cv]` -> `[B, 1, H, W, C]`."""
+        _check(features)
+        projected = self.projector(features)
+        return projected if self.lape is None else self.lape.inject(projected)
+
+    def why_not_folded(self) -> str | None:
+        """Why the folded execution cannot be had; None where it can."""
+        reason = why_no_mlp(self.projector)
+        if reason is not None:
+            return f"projector: {reason}"
+        kinds = {"lape": LanguageAlignedPositionalEmbedding, "packer": SpatialTemporalPacker}
+        for name, kind in kinds.items():
+            module = getattr(self, name)
+            if module is not None and type(module) is not kind:
+                return f"{name} is not a {kind.__name__}, but {type(module).__name__}"
+        for name, packer in self.packer.named_children():
+            reason = packer.why_not_folded()
+            if reason is not None:
+                return f"packer.{name}.{reason}"
+        return None
+
+    def refresh(self) -> None:
+        """To be called after writes to parameters that torch does not see (through `.data`)."""
+        self._folded.forget()
+        self.packer.refresh()
+
+    def freeze(self) -> FrozenVisualTokenizer:
+        """The folded execution as a module of its own, for serving, compiling and export. Its buffers are the folded
+        matrices as they are now.
+
+        Raises:
+            ValueError: the folded execution cannot be had.
+        """
+        reason = self.why_not_folded()
+        if reason is not None:
+            raise ValueError(f"cannot freeze: {reason}")
+        with torch.no_grad():
+            return FrozenVisualTokenizer(self._path((0, 0, 0)), self.chunk_tokens)
+
+    def _path(self, queries: tuple[int, int, int]) -> FoldedPath:
+        first, _, second = self.projector
+        return FoldedPath(
+            first=(first.weight, first.bias),
+            second=(second.weight, second.bias),
+            tables=None if self.lape is None else tuple(self.lape.visual_tables()),
+            text_aligned=self.lape is not None and self.lape.text_aligned,
+            spatial=self._spatial(queries[0]),
+            slow=self.packer.slow.folded(queries[1]),
+            fast=self.packer.fast.folded(queries[2]),
+        )
+
+    def _spatial(self, queries: int) -> FoldedPacker:
+        """The first packer's matrices, with what is linear before it."""
+        packer, second, lape = self.packer.spatial, self.projector[2], self.lape
+        modules = (packer, second) if lape is None else (packer, second, lape)
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+
+        def compute(kept: bool) -> FoldedPacker:
+            tables = None if lape is None else lape.visual_tables()
+            return fold(packer, Before(second.weight, second.bias, tables), None if kept else queries)
+
+        return self._folded.get(parameters, compute)
+
+    def _apply(self, *arguments: Any, **options: Any) -> VisualTokenizer:
+        self._folded.forget()
+        return super()._apply(*arguments, **options)
+
+
+class FrozenVisualTokenizer(nn.Module):
+    """What `VisualTokenizer.freeze` gives: videos `[B, T, H, W, Cv]` -> `(slow, fast)`, for inference."""
+
+    def __init__(self, path: FoldedPath, chunk_tokens: int) -> None:
+        super().__init__()
+        self.chunk_tokens = chunk_tokens
+
+        def keep(name: str, tensor: Tensor) -> str:
+            self.register_buffer(name, tensor.detach().clone())
+            return name
+
+        self._path = _map(path, Tensor, keep)  # the path with names in place of tensors
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Videos: features `[B, T, H, W, Cv]` -> `(slow, fast)`."""
+        _check(features)
+        path = _map(self._path, str, lambda _, name: getattr(self, name))
+        return run_path(path, features, self.chunk_tokens, recompute=False)
+
+
+def _map(value: Any, kind: type, change: Callable[[str, Any], Any], name: str = "") -> Any:
+    """`value` with every leaf of a kind changed; leaves are named after where they are."""
+    if isinstance(value, kind):
+        return change(name, value)
+    prefix = f"{name}_" if name else ""
+    if dataclasses.is_dataclass(value):
+        parts = {f.name: _map(getattr(value, f.name), kind, change, prefix + f.name) for f in dataclasses.fields(value)}
+        return type(value)(**parts)
+    if isinstance(value, tuple):
+        return tuple(_map(part, kind, change, f"{prefix}{i}") for i, part in enumerate(value))
+    return value
+
+
+def _check(features: Tensor) -> None:
+    if features.dim() != 5:
+        raise ValueError(f"features must have 5 dimensions [B, T, H, W, Cv], got shape {list(features.shape)}")
+
+
+def _queries(features: Tensor, packer: SpatialTemporalPacker) -> tuple[int, int, int]:
+    """How many queries the three packers have."""
+
+    def regions(packer: PointToRegionPacker, grid: list[int]) -> list[int]:
+        return [-(-size // step) for size, step in zip(grid, packer.region, strict=True)]
+
+    batch, *grid = features.shape[:4]
+    spatial = regions(packer.spatial, grid)
+    counts = []
+    for t, h, w in (spatial, regions(packer.slow, spatial), regions(packer.fast, spatial)):
+        counts.append(batch * t * h * w)
+    return counts[0], counts[1], counts[2]
