@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "lape_call.h"
+#include "torch_matrices.h"
 
 namespace llava_st {
 
@@ -75,20 +76,6 @@ template <class Visit>
 void for_token_tiles(const LossCall& call, int64_t tokens, const Visit& visit) {
   for (int64_t token = 0; token < call.tokens(); token += tokens) visit(token, smaller(tokens, call.tokens() - token));
 }
-
-/// out = a b, for matrices of one dtype.
-inline void multiply(const Tensor& a, const Tensor& b, Tensor& out) {
-  std::array<StableIValue, 3> stack = {torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                       torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // the same tensor once more, to be released
-}
-
-inline Tensor rows_of(const Tensor& matrix, int64_t first, int64_t count) {
-  Tensor whole = matrix;
-  return torch::stable::narrow(whole, 0, first, count);
-}
-inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
 /// Memory for a matrix of at most `most` numbers, seen in the shape that is wanted now.
 class Buffer {

@@ -99,6 +99,7 @@ LLAVA_ST_DEVICE T atomic_add(T* to, T value) {
 
 LLAVA_ST_DEVICE float exp2(float x) { return ::exp2f(x); }
 LLAVA_ST_DEVICE float log2(float x) { return ::log2f(x); }
+LLAVA_ST_DEVICE float erf(float x) { return ::erff(x); }
 
 /// 1 / x to within one unit in the last place.
 LLAVA_ST_DEVICE float fast_reciprocal(float x) {

@@ -1,7 +1,7 @@
 // Matrix products by torch (cuBLAS), with a float result whatever the dtype of the factors.
 #pragma once
 
-#include "../coordinate_loss.h"
+#include "../torch_matrices.h"
 
 namespace llava_st::cuda {
 

@@ -132,6 +132,8 @@ ROW_KERNELS = {
     "lape_add_sum_slices": {VECTOR, VECTOR // 2},
     "lape_add_finish": {VECTOR, VECTOR // 2},
     "lape_scatter_sum_segments": {VECTOR, INTEGER},
+    "position_gelu": {VECTOR},
+    "gelu_gradient": {VECTOR},
 }
 
 

@@ -98,6 +98,7 @@ LLAVA_ST_LAYER T atomic_add(T* to, T value) {
 
 inline float exp2(float x) { return std::exp2f(x); }
 inline float log2(float x) { return std::log2f(x); }
+inline float erf(float x) { return std::erf(x); }
 inline float fast_reciprocal(float x) { return 1.0f / x; }
 inline float maximum(float a, float b) { return std::fmaxf(a, b); }
 

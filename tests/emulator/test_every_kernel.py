@@ -42,6 +42,7 @@ def run_every_op(dtype: torch.dtype, grids: torch.dtype) -> None:
         run_lape_add(ops, dtype, grids)
         run_lape_scatter(ops, dtype, grids)
         run_loss(ops, dtype, grids)
+        run_lape_mlp(ops, dtype)
 
 
 def run_lape_add(ops, dtype: torch.dtype, grids: torch.dtype) -> None:
@@ -71,6 +72,12 @@ def run_loss(ops, dtype: torch.dtype, integers: torch.dtype) -> None:
     arguments = (rows, rows, *tables, torch.ones(2, dtype=integers), axis, positions)
     losses, logsumexp = ops.coordinate_cross_entropy(*arguments)
     ops.coordinate_cross_entropy_backward(losses, logsumexp, *arguments, -100, True, True, True)
+
+
+def run_lape_mlp(ops, dtype: torch.dtype) -> None:
+    rows, tables = torch.ones(2, 8, dtype=dtype), [torch.ones(2, 2, dtype=dtype)] * 3
+    ops.linear_lape_gelu(torch.ones(1, 2, 2, 2, 8, dtype=dtype), rows, rows[:, 0], *tables)
+    ops.gelu_linear_gradient(rows, rows.t(), rows[:, :2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
