@@ -5,10 +5,10 @@
 // the result does not depend on the number of threads.
 #pragma once
 
-#include <stdlib.h>
-
 #include "attention_problem.h"
+#include "normalized_attention_kernels.h"
 #include "rows.h"
+#include "scratch.h"
 #include "softmax.h"
 #include "strip.h"
 
@@ -95,32 +95,6 @@ struct Cut {
     const int64_t first = group * problem.heads / groups;
     return {first, (group + 1) * problem.heads / groups - first};
   }
-};
-
-/// Memory of one thread. Rows are padded to whole vectors.
-template <class S>
-class Scratch {
- public:
-  Scratch(int64_t weights, int64_t rows, int64_t dim)
-      : row_(ceil_div(dim, kLanes) * kLanes),
-        weights_(ceil_div(weights, kLanes) * kLanes),
-        memory_(static_cast<S*>(aligned_alloc(kCacheLine, bytes(rows)))) {}
-  ~Scratch() { free(memory_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-
-  bool failed() const { return memory_ == nullptr; }
-  S* weights() const { return memory_; }
-  S* row(int64_t index) const { return memory_ + weights_ + index * row_; }
-  void clear_row(int64_t index) const { memset(row(index), 0, row_ * sizeof(S)); }
-
- private:
-  size_t bytes(int64_t rows) const {
-    return ceil_div((weights_ + rows * row_) * sizeof(S), kCacheLine) * kCacheLine + kCacheLine;
-  }
-
-  int64_t row_, weights_;
-  S* memory_;
 };
 
 template <class T>
@@ -229,7 +203,11 @@ bool backward(const AttentionProblem& problem, const cpu::BackwardOperands& oper
 constexpr cpu::AttentionKernels attention_kernels(const char* instruction_set) {
   return {instruction_set,
           {forward<float>, forward<double>, forward<BFloat16>, forward<Float16>},
-          {backward<float>, backward<double>, backward<BFloat16>, backward<Float16>}};
+          {backward<float>, backward<double>, backward<BFloat16>, backward<Float16>},
+          {normalized_forward<float>, normalized_forward<double>, normalized_forward<BFloat16>,
+           normalized_forward<Float16>},
+          {normalized_backward<float>, normalized_backward<double>, normalized_backward<BFloat16>,
+           normalized_backward<Float16>}};
 }
 
 }  // namespace llava_st::LLAVA_ST_ISA

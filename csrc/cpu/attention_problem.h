@@ -44,11 +44,22 @@ struct BackwardOperands {
 using Forward = bool (*)(const AttentionProblem&, const ForwardOperands&, const ParallelLoop&);
 using Backward = bool (*)(const AttentionProblem&, const BackwardOperands&, const ParallelLoop&);
 
+/// Attention over normalised keys and values that all heads share: `strides.head` of these has no meaning. Batches are
+/// dense, and `scale` is not used.
+struct NormalizedProblem {
+  AttentionProblem attention;
+  double eps;
+};
+using NormalizedForward = bool (*)(const NormalizedProblem&, const ForwardOperands&, const ParallelLoop&);
+using NormalizedBackward = bool (*)(const NormalizedProblem&, const BackwardOperands&, const ParallelLoop&);
+
 /// The kernels of one instruction set, by Element.
 struct AttentionKernels {
   const char* instruction_set;
   Forward forward[kElements];
   Backward backward[kElements];
+  NormalizedForward normalized_forward[kElements];
+  NormalizedBackward normalized_backward[kElements];
 };
 
 const AttentionKernels& baseline_attention_kernels();

@@ -101,6 +101,28 @@ using LogitGradient = void (*)(const Logits&, const Targets&, const void* logsum
 /// to += from, of the computed type.
 using Accumulate = void (*)(void* to, const void* from, int64_t count, const ParallelLoop&);
 
+/// What follows the product of a linear layer, `[samples, T, H, W, channels]` like all elements here, contiguous: bias
+/// and the rows of three tables, of the computed type, are added, and the GELU is taken. The product may be the memory
+/// of a result; `preactivation` is null where it is not wanted.
+struct PositionGelu {
+  const void* product;
+  void *preactivation, *activation;
+  const void *bias, *temporal, *height, *width;
+  int64_t samples;
+  Extent grid;
+  int64_t channels;
+};
+/// False when scratch memory could not be had.
+using AddPositionGelu = bool (*)(const PositionGelu&, const ParallelLoop&);
+
+/// The gradient of an activation becomes that of the preactivation, whose rows are `stride` apart; and the activation.
+struct GeluGradient {
+  void *gradient, *activation;
+  const void* preactivation;
+  int64_t tokens, channels, stride;
+};
+using TakeGeluGradient = void (*)(const GeluGradient&, const ParallelLoop&);
+
 /// The kernels of one instruction set, by Element. What has only the computed type comes for float and double.
 struct PositionKernels {
   Add add[kElements];
@@ -110,6 +132,8 @@ struct PositionKernels {
   UpdateStatistics update_statistics[2];
   LogitGradient logit_gradient[2];
   Accumulate accumulate[2];
+  AddPositionGelu position_gelu[kElements];
+  TakeGeluGradient gelu_gradient[kElements];
 };
 
 const PositionKernels& baseline_position_kernels();

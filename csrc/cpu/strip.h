@@ -7,6 +7,7 @@
 namespace llava_st::LLAVA_ST_ISA {
 
 using cpu::AttentionProblem;
+using cpu::NormalizedProblem;
 using cpu::Operand;
 
 /// The tokens of one region in one tensor: the address of the first one's first row, and strides in elements.
