@@ -73,14 +73,17 @@ def _chunk(
 ) -> tuple[Tensor, Tensor]:
     hidden, again = _hidden(features, path.first)
     with _calculated_again(hidden, again) if recompute else nullcontext():
-        centers = linear(region_centers(hidden, path.spatial.region), *path.second)
+        # Contiguous: torch makes many small products of a linear layer over strided rows.
+        centers = linear(region_centers(hidden, path.spatial.region).contiguous(), *path.second)
         if seeds is not None:
             centers = lape_add(centers, *seeds)
         packed = pack(path.spatial, centers, hidden, positions)
     del hidden, again
     streams = (path.slow, path.fast)
     grid = packed.shape[1:4]
-    slow, fast = (pack(f, region_centers(packed, f.region), packed, no_positions(f, grid)) for f in streams)
+    slow, fast = (
+        pack(f, region_centers(packed, f.region).contiguous(), packed, no_positions(f, grid)) for f in streams
+    )
     return slow, fast
 
 

@@ -113,7 +113,8 @@ class PointToRegionPacker(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """features `[B, T, H, W, C]` -> `[B, T', H', W', C]`."""
-        centers = region_centers(features, self.region)
+        # Contiguous: torch makes many small products of a linear layer over strided rows.
+        centers = region_centers(features, self.region).contiguous()
         if self.execution == "folded":
             reason = self.why_not_folded()
             if reason is None:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..backends import choose
+from ..reference.lape import computing_dtype
 from . import checks
 from .dispatch import computing_tables, register_python_kernels, run, with_defaults
 from .registration import add_rules, autocast, is_transformed, register_without_gradient
@@ -59,7 +61,10 @@ def lape_mlp(
     _check(_FORWARD, (features, weight, bias, *positions))
     _check_second("lape_mlp", weight, second_weights, second_biases)
     tensors = (features, weight, bias, *positions, *second_weights, *second_biases)
-    if not torch.compiler.is_compiling() and is_transformed(*tensors):
+    plain = choose(_FORWARD, features) == "reference" or (
+        not torch.compiler.is_compiling() and is_transformed(*tensors)
+    )
+    if plain and not features.is_meta:
         activation, _ = reference.linear_lape_gelu(features, weight, bias, *positions)
         return tuple(_second_layers(activation, second_weights, second_biases))
     return _LapeMlp.apply(count, *tensors)
@@ -68,7 +73,7 @@ def lape_mlp(
 class _LapeMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        features, weight, _bias, temporal, height, width = first = tensors[:6]
+        features, weight, bias, temporal, height, width = first = tensors[:6]
         second_weights, second_biases = tensors[6 : 6 + count], tensors[6 + count :]
         needed = any(ctx.needs_input_grad)
         activation, preactivation = run(_FORWARD, (*first, needed), reference.linear_lape_gelu)
@@ -77,53 +82,67 @@ class _LapeMlp(torch.autograd.Function):
         return tuple(_second_layers(activation, second_weights, second_biases))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        features, weight, temporal, height, width, preactivation, *second_weights = ctx.saved_tensors
-        positions = (temporal, height, width)
-        count = len(second_weights)
-        _, needs_features, needs_weight, needs_bias, *needs_positions = ctx.needs_input_grad[:7]
-        needs_second = ctx.needs_input_grad[7 : 7 + count]
-        rows = features.reshape(-1, features.shape[-1])
-        grad_features = None
-        parts = []  # of each MLP: the gradients of its first layer, its positions and its second layer
-        for number, (grad, second) in enumerate(zip(grad_outputs, second_weights, strict=True)):
-            grad = grad.reshape(-1, grad.shape[-1])
-            before = preactivation.flatten(0, -2).chunk(count, -1)[number]
-            grad_before, activation = run(_GRADIENT, (grad, second, before), reference.gelu_linear_gradient)
-            grad_second = grad.t() @ activation if needs_second[number] else None
-            del activation  # large
-            grad_weight = grad_before.t() @ rows if needs_weight else None
-            sums = (None, None, None)
-            if needs_bias or any(needs_positions):
-                sums = _sums_over_grid(
-                    grad_before.view(*features.shape[:4], -1), [p.chunk(count, -1)[number] for p in positions]
-                )
-            if needs_features:
-                first = weight.chunk(count)[number]
-                grad_features = (
-                    grad_before @ first if grad_features is None else grad_features.addmm_(grad_before, first)
-                )
-            parts.append((grad_weight, *sums, grad_second, grad.sum(0)))
-        grad_weights, temporal, height, width, grad_second_weights, grad_second_biases = zip(*parts, strict=True)
-        grad_positions = [
-            torch.cat(x, -1) if need else None
-            for x, need in zip((temporal, height, width), needs_positions, strict=False)
-        ]
-        return (
-            None,
-            grad_features.view(features.shape) if needs_features else None,
-            torch.cat(grad_weights) if needs_weight else None,
-            torch.cat([x.sum(0) for x in temporal]) if needs_bias else None,
-            *grad_positions,
-            *grad_second_weights,
-            *grad_second_biases,
+        # Its own backward pass is an error, and only where it is wanted; compilers cannot trace the inner function.
+        outer = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+        backward = _gradients if outer else _LapeMlpBackward.apply
+        return None, *backward(ctx.needs_input_grad[1:], *ctx.saved_tensors, *grad_outputs)
+
+
+class _LapeMlpBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
+        return _gradients(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "lape_mlp: double backward is not supported by the kernels; run the forward under "
+            "llava_st_ops.use_backend('reference') to differentiate twice"
         )
 
 
+def _gradients(needed: Sequence[bool], *tensors: Tensor) -> tuple[Tensor | None, ...]:
+    """Of all tensors of the forward pass, None where not needed."""
+    features, weight, temporal, height, width, preactivation, *rest = tensors
+    count = len(rest) // 2
+    second_weights, grad_outputs = rest[:count], rest[count:]
+    needs_features, needs_weight, needs_bias, *needs_positions = needed[:6]
+    rows = features.reshape(features.shape[:4].numel(), features.shape[-1])
+    preactivation = preactivation.flatten(0, -2)
+    grad_features = None
+    parts = []  # of each MLP: the gradients of its first layer, its positions, and its second layer
+    for number, (grad, second) in enumerate(zip(grad_outputs, second_weights, strict=True)):
+        grad = grad.reshape(len(rows), grad.shape[-1])
+        before = preactivation.chunk(count, -1)[number]
+        grad_before, activation = run(_GRADIENT, (grad, second, before), reference.gelu_linear_gradient)
+        grad_second = grad.t() @ activation if needed[6 + number] else None
+        del activation  # large
+        grad_weight = grad_before.t() @ rows if needs_weight else None
+        sums = (None, None, None)
+        if needs_bias or any(needs_positions):
+            tables = [table.chunk(count, -1)[number] for table in (temporal, height, width)]
+            sums = _sums_over_grid(grad_before.unflatten(0, features.shape[:4]), tables)
+        if needs_features:
+            first = weight.chunk(count)[number]
+            grad_features = grad_before @ first if grad_features is None else grad_features.addmm_(grad_before, first)
+        parts.append((grad_weight, *sums, grad_second, grad.sum(0)))
+    grad_weights, *sums, grad_second_weights, grad_second_biases = zip(*parts, strict=True)
+    dtype = temporal.dtype
+    return (
+        grad_features.view(features.shape) if needs_features else None,
+        torch.cat(grad_weights) if needs_weight else None,
+        torch.cat([x.sum(0) for x in sums[0]]).to(dtype) if needs_bias else None,
+        *(torch.cat(x, -1).to(dtype) if need else None for x, need in zip(sums, needs_positions, strict=True)),
+        *grad_second_weights,
+        *grad_second_biases,
+    )
+
+
 def _sums_over_grid(x: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Sums of x `[B, T, H, W, N]` over all but the frame, the row and the column, in the dtype of `like`."""
-    return run("lape_add_backward", (x, *like, False), _plain_sums)
+    """Sums of x `[B, T, H, W, N]` over all but the frame, the row and the column, in float32 or better."""
+    wide = computing_dtype(x.dtype)
+    return run("lape_add_backward", (x, *(table.to(wide) for table in like), False), _plain_sums)
 
 
 def _plain_sums(x: Tensor, temporal: Tensor, height: Tensor, width: Tensor, _: bool) -> tuple[Tensor, ...]:
