@@ -73,7 +73,7 @@ def lape_mlp(
 class _LapeMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        features, weight, bias, temporal, height, width = first = tensors[:6]
+        features, weight, _, temporal, height, width = first = tensors[:6]
         second_weights, second_biases = tensors[6 : 6 + count], tensors[6 + count :]
         needed = any(ctx.needs_input_grad)
         activation, preactivation = run(_FORWARD, (*first, needed), reference.linear_lape_gelu)
