@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import launching
-from .launching import next_power_of_2, normalized_strides, on_device_of, packed_layout
+from .launching import alignment, dense_layout, next_power_of_2, normalized_strides, on_device_of, packed_layout
 
 if TYPE_CHECKING:
     from .regions import Layout
@@ -63,16 +63,6 @@ def _blocks(keys: int, heads: int, dim: int, itemsize: int) -> _Blocks:
     return _Blocks(block_keys, block_heads, block_dim, warps)
 
 
-def _alignment(*strides: tuple[int, ...]) -> int:
-    """The power of two, up to 16, that divides the offset of every row: Triton sees for itself only multiples of 16.
-
-    It decides how wide loads are for sizes of D such as 40 and 72.
-    """
-    if any(last != 1 for *_, last in strides):
-        return 1
-    return math.gcd(16, *(stride for *rows, _ in strides for stride in rows))
-
-
 def _launch_attention(
     kernel: Any,
     tensors: Sequence[Tensor],
@@ -111,24 +101,10 @@ def _launch_attention(
         BLOCK_K=blocks.keys,
         BLOCK_HEADS=blocks.heads,
         BLOCK_D=blocks.dim,
-        ALIGNMENT=_alignment(*strides),
+        ALIGNMENT=alignment(*strides),
         SINGLE_TILE=single_tile,
         WIDE=max(programs, layout.tokens) >= _WIDE_FROM,
         num_warps=blocks.warps,
-    )
-
-
-def _dense_layout(query: Tensor, key: Tensor, region: Sequence[int]) -> Layout:
-    from .regions import Layout
-
-    batch, *grid = key.shape[:4]
-    return Layout(
-        queries=math.prod(query.shape[:4]),
-        tokens=batch * math.prod(grid),
-        # A region never reaches beyond the grid: what is larger is the whole of it, and needs no larger tile.
-        region=tuple(max(1, min(step, size)) for step, size in zip(region, grid, strict=True)),
-        grid=tuple(grid),
-        regions=tuple(query.shape[1:4]),
     )
 
 
@@ -137,7 +113,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, region: Sequence[int], sc
     from . import point_to_region_attention_kernels as kernels
 
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    layout = _dense_layout(query, key, region)
+    layout = dense_layout(query, key, region)
     with on_device_of(query):
         _launch_attention(kernels.forward_kernel, (query, key, value), (output,), key, layout, scale)
     return output
@@ -150,7 +126,7 @@ def backward(
     from . import point_to_region_attention_kernels as kernels
 
     gradients = _empty_gradients(query, key, value)
-    layout = _dense_layout(query, key, region)
+    layout = dense_layout(query, key, region)
     with on_device_of(query):
         _launch_attention(kernels.backward_kernel, (grad_output, query, key, value), gradients, key, layout, scale)
     return gradients
