@@ -39,16 +39,6 @@ def normalized_strides(tensor: Tensor, dims: int) -> tuple[int, ...]:
     return (0,) * (dims - len(strides)) + tuple(strides)
 
 
-def alignment(*strides: tuple[int, ...]) -> int:
-    """The power of two, up to 16, that divides the offset of every row: Triton sees for itself only multiples of 16.
-
-    It decides how wide loads are for sizes of D such as 40 and 72.
-    """
-    if any(last != 1 for *_, last in strides):
-        return 1
-    return math.gcd(16, *(stride for *rows, _ in strides for stride in rows))
-
-
 def dense_layout(query: Tensor, key: Tensor, region: Sequence[int]) -> Layout:
     """The layout of queries, one per region, and of the tokens of grids that are all the same."""
     from .regions import Layout

@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 
 from . import launching
-from .launching import alignment, dense_layout, next_power_of_2, normalized_strides, on_device_of
+from .launching import dense_layout, next_power_of_2, normalized_strides, on_device_of
 
 if TYPE_CHECKING:
     from .regions import Layout
 
 # A matrix product takes no fewer rows or columns.
 _MIN_BLOCK = 16
-# The most keys and heads of a region that is one program.
+# The most keys and the most scores, of keys and heads, of a region that is one program.
 _MAX_KEYS = 64
-_MAX_HEADS = 64
+_MAX_SCORES = 2048
 # Larger regions: keys and heads of a tile.
 _CHUNK_KEYS = 64
 _CHUNK_HEADS = 16
@@ -48,16 +48,21 @@ class _Blocks(NamedTuple):
     channels: int
 
 
-def _blocks(keys: int, heads: int, channels: int) -> _Blocks | None:
+def _blocks(keys: int, heads: int, channels: int, dtype: torch.dtype) -> _Blocks | None:
     """The tile of a region that is one program; None where it is too large for that."""
-    if keys > _MAX_KEYS or heads > _MAX_HEADS:
-        return None
     block_keys, block_heads = (max(_MIN_BLOCK, next_power_of_2(n)) for n in (keys, heads))
-    return _Blocks(block_keys, block_heads, _block_channels(max(block_keys, block_heads), channels))
+    if keys > _MAX_KEYS or block_keys * block_heads > _MAX_SCORES:
+        return None
+    return _Blocks(block_keys, block_heads, _block_channels(max(block_keys, block_heads), channels, dtype))
 
 
-def _block_channels(rows: int, channels: int) -> int:
-    return max(_MIN_BLOCK, min(next_power_of_2(channels), _MAX_CHANNELS, _TILE // rows))
+def _block_channels(rows: int, channels: int, dtype: torch.dtype) -> int:
+    most = min(_MAX_CHANNELS, _TILE // rows)
+    # With more, threads would spill registers: in fp32 each holds whole rows of what a product takes, and where rows
+    # are no whole vectors the offset of every element.
+    if dtype == torch.float32 or channels % 16:
+        most //= 4
+    return max(_MIN_BLOCK, min(next_power_of_2(channels), most))
 
 
 def _launch(
@@ -85,7 +90,6 @@ def _launch(
         BLOCK_K=blocks.keys,
         BLOCK_HEADS=blocks.heads,
         BLOCK_C=blocks.channels,
-        ALIGNMENT=alignment(*strides),
         WIDE=max(programs, layout.tokens) >= _WIDE_FROM,
         num_warps=_WARPS,
         **constants,
@@ -107,10 +111,10 @@ def normalized_region_attention(
 
     heads, channels = query.shape[-2:]
     layout = dense_layout(query, key, region)
-    blocks = _blocks(math.prod(layout.region), heads, channels)
+    blocks = _blocks(math.prod(layout.region), heads, channels, key.dtype)
     with on_device_of(query):
         if blocks is None:
-            large = _Large(layout, heads, channels, eps)
+            large = _Large(layout, heads, channels, key.dtype, eps)
             scores, _, _ = large.products(query, key, -math.inf)
             _, means, inverses = large.products(query, value, None)
             large.pool(value, scores.softmax(-1), means, inverses, output)
@@ -141,10 +145,12 @@ def normalized_region_attention_backward(
 
     heads, channels = query.shape[-2:]
     layout = dense_layout(query, key, region)
-    blocks = _blocks(math.prod(layout.region), heads, channels)
+    blocks = _blocks(math.prod(layout.region), heads, channels, key.dtype)
     with on_device_of(query):
         if blocks is None:
-            _large_backward(_Large(layout, heads, channels, eps), (grad_output, query, key, value), gradients)
+            _large_backward(
+                _Large(layout, heads, channels, key.dtype, eps), (grad_output, query, key, value), gradients
+            )
             return gradients
         _launch(
             backward_kernel,
@@ -180,13 +186,13 @@ def _large_backward(large: _Large, tensors: Sequence[Tensor], gradients: Sequenc
 class _Large:
     """The steps for regions that programs share. Scratch is fp32, `[queries, heads, keys]` and less."""
 
-    def __init__(self, layout: Layout, heads: int, channels: int, eps: float) -> None:
+    def __init__(self, layout: Layout, heads: int, channels: int, dtype: torch.dtype, eps: float) -> None:
         self.layout, self.heads, self.channels, self.eps = layout, heads, channels, float(eps)
         self.keys = math.prod(layout.region)
         self.blocks = _Blocks(
             min(_CHUNK_KEYS, max(_MIN_BLOCK, next_power_of_2(self.keys))),
             _CHUNK_HEADS,
-            _block_channels(_CHUNK_KEYS, channels),
+            _block_channels(_CHUNK_KEYS, channels, dtype),
         )
         self.chunks = -(-self.keys // self.blocks.keys)
         self.head_blocks = -(-heads // self.blocks.heads)

@@ -81,9 +81,9 @@ def _places(rows, start, channels, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _load(rows, start, channels, ALIGNMENT: tl.constexpr, BLOCK_C: tl.constexpr):
+def _load(rows, start, channels, BLOCK_C: tl.constexpr):
     offsets, mask = _places(rows, start, channels, BLOCK_C)
-    return tl.load(rows.pointer + tl.multiple_of(offsets, (1, ALIGNMENT)), mask=mask, other=0.0)
+    return tl.load(rows.pointer + offsets, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -93,24 +93,24 @@ def _store(rows, start, channels, tile, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _normalize(rows, queries, channels, eps, PRODUCTS: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK_C: tl.constexpr):
+def _normalize(rows, queries, channels, eps, PRODUCTS: tl.constexpr, BLOCK_C: tl.constexpr):
     """Reads rows twice, and queries once if their products are wanted."""
     count: tl.constexpr = rows.offsets.shape[0]
     heads: tl.constexpr = queries.offsets.shape[0]
     total = tl.zeros([count, BLOCK_C], tl.float32)
     for start in range(0, channels, BLOCK_C):
-        total += _load(rows, start, channels, ALIGNMENT, BLOCK_C).to(tl.float32)
+        total += _load(rows, start, channels, BLOCK_C).to(tl.float32)
     mean = tl.sum(total, 1) / channels
     squares = tl.zeros([count, BLOCK_C], tl.float32)
     query_total = tl.zeros([heads, BLOCK_C], tl.float32)
     products = tl.zeros([heads, count], tl.float32)
     for start in range(0, channels, BLOCK_C):
-        x = _load(rows, start, channels, ALIGNMENT, BLOCK_C)
+        x = _load(rows, start, channels, BLOCK_C)
         exists = (start + tl.arange(0, BLOCK_C) < channels)[None, :]
         centered = tl.where(exists, x.to(tl.float32) - mean[:, None], 0.0)
         squares += centered * centered
         if PRODUCTS:
-            q = _load(queries, start, channels, ALIGNMENT, BLOCK_C)
+            q = _load(queries, start, channels, BLOCK_C)
             query_total += q.to(tl.float32)
             if x.dtype == tl.float32:
                 products = tl.dot(q, tl.trans(centered), products, input_precision="ieee")
@@ -188,7 +188,6 @@ def forward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """One program per region, for all heads. `output` is contiguous."""
@@ -202,14 +201,14 @@ def forward_kernel(
     queries = _query_rows(query, place, 0, heads, query_strides, BLOCK_HEADS)
     keys = _token_rows(key, key_offset, exists, key_strides)
     values = _token_rows(value, value_offset, exists, value_strides)
-    of_keys = _normalize(keys, queries, channels, eps, True, ALIGNMENT, BLOCK_C)
-    of_values = _normalize(values, queries, channels, eps, False, ALIGNMENT, BLOCK_C)
+    of_keys = _normalize(keys, queries, channels, eps, True, BLOCK_C)
+    of_values = _normalize(values, queries, channels, eps, False, BLOCK_C)
     p = _softmax(of_keys.products, exists)
     weights = _split(p * of_values.inverse[None, :], of_values.mean, value.dtype.element_ty)
     number = index.to(tl.int64) * heads + tl.arange(0, BLOCK_HEADS)
     outputs = _contiguous(output, number, queries.exists, channels)
     for start in range(0, channels, BLOCK_C):
-        v = _load(values, start, channels, ALIGNMENT, BLOCK_C)
+        v = _load(values, start, channels, BLOCK_C)
         _store(outputs, start, channels, _weighted(weights, v), BLOCK_C)
 
 
@@ -236,7 +235,6 @@ def backward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Recomputes the softmax; the gradients are contiguous.
@@ -255,8 +253,8 @@ def backward_kernel(
     grads = _query_rows(grad_output, place, 0, heads, grad_output_strides, BLOCK_HEADS)
     keys = _token_rows(key, key_offset, exists, key_strides)
     values = _token_rows(value, value_offset, exists, value_strides)
-    of_keys = _normalize(keys, queries, channels, eps, True, ALIGNMENT, BLOCK_C)
-    of_values = _normalize(values, grads, channels, eps, True, ALIGNMENT, BLOCK_C)
+    of_keys = _normalize(keys, queries, channels, eps, True, BLOCK_C)
+    of_values = _normalize(values, grads, channels, eps, True, BLOCK_C)
     p = _softmax(of_keys.products, exists)
     dp = tl.where(exists[None, :], of_values.products, 0.0)
     ds = tl.where(exists[None, :], p * (dp - tl.sum(p * dp, 1)[:, None]), 0.0)
@@ -272,14 +270,14 @@ def backward_kernel(
     key_results = _contiguous(grad_key, token, exists, channels)
     value_results = _contiguous(grad_value, token, exists, channels)
     for start in range(0, channels, BLOCK_C):
-        k = _load(keys, start, channels, ALIGNMENT, BLOCK_C)
+        k = _load(keys, start, channels, BLOCK_C)
         _store(query_results, start, channels, _weighted(key_weights, k), BLOCK_C)
-        q = _load(queries, start, channels, ALIGNMENT, BLOCK_C)
+        q = _load(queries, start, channels, BLOCK_C)
         combined = _weighted(query_weights, q)
         result = _row_gradient(k, of_keys.mean, of_keys.inverse, combined, key_along)
         _store(key_results, start, channels, result, BLOCK_C)
-        v = _load(values, start, channels, ALIGNMENT, BLOCK_C)
-        g = _load(grads, start, channels, ALIGNMENT, BLOCK_C)
+        v = _load(values, start, channels, BLOCK_C)
+        g = _load(grads, start, channels, BLOCK_C)
         combined = _weighted(grad_weights, g)
         result = _row_gradient(v, of_values.mean, of_values.inverse, combined, value_along)
         _store(value_results, start, channels, result, BLOCK_C)
@@ -309,7 +307,6 @@ def products_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Of a chunk of a region's keys: `means` and `inverses` `[queries, keys]`, which normalise them, and `products`
@@ -326,7 +323,7 @@ def products_kernel(
     )
     queries = _query_rows(query, place, head_block * BLOCK_HEADS, heads, query_strides, BLOCK_HEADS)
     rows = _token_rows(key, offset, exists, key_strides)
-    of_keys = _normalize(rows, queries, channels, eps, PRODUCTS, ALIGNMENT, BLOCK_C)
+    of_keys = _normalize(rows, queries, channels, eps, PRODUCTS, BLOCK_C)
     index = index.to(tl.int64)
     if head_block == 0:
         tl.store(means + (index * keys + j), of_keys.mean, mask=j < keys)
@@ -362,7 +359,6 @@ def pool_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """The sums of a region's normalised keys with weights `[queries, heads, keys]`, for a block of heads and of
@@ -385,7 +381,7 @@ def pool_kernel(
         inverse = tl.load(inverses + (index * keys + j), mask=j < keys, other=0.0)
         w = _load_weights(weights, index, head, heads, j, keys) * inverse[None, :]
         rows = _token_rows(key, offset, exists, key_strides)
-        x = _load(rows, start, channels, ALIGNMENT, BLOCK_C)
+        x = _load(rows, start, channels, BLOCK_C)
         total += _weighted(_split(w, mean, key.dtype.element_ty), x)
     outputs = _contiguous(output, index * heads + head, head < heads, channels)
     _store(outputs, start, channels, total, BLOCK_C)
@@ -412,7 +408,6 @@ def row_gradients_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """The gradients of a chunk of a region's keys, for a block of channels, where those of the normalised keys are the
@@ -437,12 +432,12 @@ def row_gradients_kernel(
         query_mean = tl.load(query_means + (index * heads + head), mask=head < heads, other=0.0)
         w = tl.trans(_load_weights(weights, index, head, heads, j, keys))
         queries = _query_rows(query, place, first, heads, query_strides, BLOCK_HEADS)
-        q = _load(queries, start, channels, ALIGNMENT, BLOCK_C)
+        q = _load(queries, start, channels, BLOCK_C)
         combined += _weighted(_split(w, query_mean, key.dtype.element_ty), q)
     mean = tl.load(means + (index * keys + j), mask=j < keys, other=0.0)
     inverse = tl.load(inverses + (index * keys + j), mask=j < keys, other=0.0)
     key_along = tl.load(along + (index * keys + j), mask=j < keys, other=0.0)
     rows = _token_rows(key, offset, exists, key_strides)
-    x = _load(rows, start, channels, ALIGNMENT, BLOCK_C)
+    x = _load(rows, start, channels, BLOCK_C)
     results = _contiguous(grad_key, token, exists, channels)
     _store(results, start, channels, _row_gradient(x, mean, inverse, combined, key_along), BLOCK_C)

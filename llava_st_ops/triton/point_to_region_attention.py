@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import launching
-from .launching import alignment, dense_layout, next_power_of_2, normalized_strides, on_device_of, packed_layout
+from .launching import dense_layout, next_power_of_2, normalized_strides, on_device_of, packed_layout
 
 if TYPE_CHECKING:
     from .regions import Layout
@@ -63,6 +63,16 @@ def _blocks(keys: int, heads: int, dim: int, itemsize: int) -> _Blocks:
     return _Blocks(block_keys, block_heads, block_dim, warps)
 
 
+def _alignment(*strides: tuple[int, ...]) -> int:
+    """The power of two, up to 16, that divides the offset of every row: Triton sees for itself only multiples of 16.
+
+    It decides how wide loads are for sizes of D such as 40 and 72.
+    """
+    if any(last != 1 for *_, last in strides):
+        return 1
+    return math.gcd(16, *(stride for *rows, _ in strides for stride in rows))
+
+
 def _launch_attention(
     kernel: Any,
     tensors: Sequence[Tensor],
@@ -101,7 +111,7 @@ def _launch_attention(
         BLOCK_K=blocks.keys,
         BLOCK_HEADS=blocks.heads,
         BLOCK_D=blocks.dim,
-        ALIGNMENT=alignment(*strides),
+        ALIGNMENT=_alignment(*strides),
         SINGLE_TILE=single_tile,
         WIDE=max(programs, layout.tokens) >= _WIDE_FROM,
         num_warps=blocks.warps,

