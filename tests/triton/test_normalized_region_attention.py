@@ -146,6 +146,19 @@ def test_means_far_from_zero(either, device, dtype):
     check(either, [x.to(dtype) for x in (g, query + 0.5, key, value)], region)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_nothing_is_rounded_but_the_results(either, device, dtype):
+    """To 16 bits; the weights above all, which products of 16 bits take in two parts."""
+    region = (1, 3, 3)
+    tensors = inputs((1, 3, 3), region, 8, 48, dtype, device)
+    slack = {F16: 1e-5}.get(dtype, 1e-4)
+    for actual, exact, name in zip(
+        run(either, tensors, region), run(reference, [x.double() for x in tensors], region), NAMES, strict=True
+    ):
+        bound = torch.finfo(dtype).eps / 2 * exact.abs() + slack * exact.abs().max()
+        assert ((actual.double() - exact).abs() <= bound).all(), name
+
+
 def test_small_weights_in_fp16(either, device):
     """Far below the smallest number of fp16 their sums are still right: the gradients are those of a scaled loss."""
     region = (1, 3, 3)
