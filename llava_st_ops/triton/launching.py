@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,21 @@ def normalized_strides(tensor: Tensor, dims: int) -> tuple[int, ...]:
     if tensor.shape[-1] == 1:
         strides[-1] = 1
     return (0,) * (dims - len(strides)) + tuple(strides)
+
+
+def dense_layout(query: Tensor, key: Tensor, region: Sequence[int]) -> Layout:
+    """The layout of queries, one per region, and of the tokens of grids that are all the same."""
+    from .regions import Layout
+
+    batch, *grid = key.shape[:4]
+    return Layout(
+        queries=math.prod(query.shape[:4]),
+        tokens=batch * math.prod(grid),
+        # A region never reaches beyond the grid: what is larger is the whole of it, and needs no larger tile.
+        region=tuple(max(1, min(step, size)) for step, size in zip(region, grid, strict=True)),
+        grid=tuple(grid),
+        regions=tuple(query.shape[1:4]),
+    )
 
 
 def packed_layout(tokens: Tensor, queries: int, grid_thw: Tensor, region: Sequence[int]) -> Layout:

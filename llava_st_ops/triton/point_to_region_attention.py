@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import launching
-from .launching import next_power_of_2, normalized_strides, on_device_of, packed_layout
+from .launching import dense_layout, next_power_of_2, normalized_strides, on_device_of, packed_layout
 
 if TYPE_CHECKING:
     from .regions import Layout
@@ -118,26 +118,12 @@ def _launch_attention(
     )
 
 
-def _dense_layout(query: Tensor, key: Tensor, region: Sequence[int]) -> Layout:
-    from .regions import Layout
-
-    batch, *grid = key.shape[:4]
-    return Layout(
-        queries=math.prod(query.shape[:4]),
-        tokens=batch * math.prod(grid),
-        # A region never reaches beyond the grid: what is larger is the whole of it, and needs no larger tile.
-        region=tuple(max(1, min(step, size)) for step, size in zip(region, grid, strict=True)),
-        grid=tuple(grid),
-        regions=tuple(query.shape[1:4]),
-    )
-
-
 def forward(query: Tensor, key: Tensor, value: Tensor, region: Sequence[int], scale: float | None) -> Tensor:
     """query `[B, T', H', W', heads, D]`, key and value `[B, T, H, W, heads, D]` -> `[B, T', H', W', heads, D]`."""
     from . import point_to_region_attention_kernels as kernels
 
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    layout = _dense_layout(query, key, region)
+    layout = dense_layout(query, key, region)
     with on_device_of(query):
         _launch_attention(kernels.forward_kernel, (query, key, value), (output,), key, layout, scale)
     return output
@@ -150,7 +136,7 @@ def backward(
     from . import point_to_region_attention_kernels as kernels
 
     gradients = _empty_gradients(query, key, value)
-    layout = _dense_layout(query, key, region)
+    layout = dense_layout(query, key, region)
     with on_device_of(query):
         _launch_attention(kernels.backward_kernel, (grad_output, query, key, value), gradients, key, layout, scale)
     return gradients

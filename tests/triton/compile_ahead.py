@@ -6,6 +6,7 @@ for just what a call with such tensors launches.
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -19,9 +20,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from llava_st_ops.triton import addition, coordinate_loss, launching, propagation, scattering
+from llava_st_ops.triton import addition, coordinate_loss, lape_mlp, launching, propagation, scattering
 from llava_st_ops.triton import point_to_region_attention as launcher
 from tests.attention_cases import Case
+
+# In the package, the function of that name is in front of the module.
+normalized = importlib.import_module("llava_st_ops.triton.normalized_region_attention")
 
 # The paper's shape has eight heads of 128: spatial, temporal and joint stream.
 CASES = {
@@ -51,6 +55,21 @@ POSITIONS = {
     "paper": Positions((100, 27, 27), 3584, 100, 151660, 2700),
     "one of everything": Positions((1, 1, 1), 1, 1, 1, 1),
     "odd rows": Positions((7, 5, 3), 72, 9, 33, 5),
+}
+
+
+# Of the folded path: what a program does alone, and what several share.
+SHARED = {
+    "spatial": Case(1, (10, 27, 27), (1, 3, 3), 8, 1024),
+    "joint": Case(1, (10, 27, 27), (5, 3, 3), 8, 1024),
+    "most keys and heads": Case(1, (8, 8, 8), (4, 4, 4), 32, 1024),
+    "many tiles": Case(1, (10, 27, 27), (10, 27, 27), 8, 1024),
+    "odd rows": Case(1, (10, 27, 27), (1, 3, 3), 17, 72),
+    "one of everything": Case(1, (1, 1, 1), (1, 1, 1), 1, 1),
+}
+SHARED_DTYPES = {
+    "spatial": (torch.bfloat16, torch.float16, torch.float32),
+    "many tiles": (torch.bfloat16, torch.float32),
 }
 
 
@@ -108,6 +127,23 @@ def _compile_tokens(sizes: Positions, dtype: torch.dtype) -> None:
     coordinate_loss.coordinate_cross_entropy_backward(losses, logsumexp, *arguments, -100, True, True, True)
 
 
+def _compile_shared(case: Case, dtype: torch.dtype) -> None:
+    query, key = (_empty(shape, dtype=dtype) for shape in (case.query_shape, case.key_shape))
+    key = key.select(4, 0).contiguous()
+    normalized.normalized_region_attention(query, key, key, case.region)
+    normalized.normalized_region_attention_backward(query, query, key, key, case.region)
+
+
+def _compile_mlp(sizes: Positions, dtype: torch.dtype) -> None:
+    features = _empty(1, *sizes.grid, 8, dtype=dtype)
+    weight = _empty(2 * sizes.channels, 8, dtype=dtype)
+    tables = [_empty(size, len(weight), dtype=dtype) for size in sizes.grid]
+    lape_mlp.linear_lape_gelu(features, weight, weight[:, 0].contiguous(), *tables)
+    _, preactivation = lape_mlp.linear_lape_gelu(features, weight, weight[:, 0].contiguous(), *tables, True)
+    columns = preactivation.flatten(0, 3).chunk(2, 1)[1]
+    lape_mlp.gelu_linear_gradient(_empty(len(columns), 8, dtype=dtype), _empty(8, sizes.channels, dtype=dtype), columns)
+
+
 def main(capability: int) -> None:
     triton.runtime.driver.set_active(_Driver(capability))
     name = dtype = form = None
@@ -145,15 +181,26 @@ def main(capability: int) -> None:
         for dtype in (torch.bfloat16, torch.float32) if name == "paper" else (torch.bfloat16,):
             _compile_additions(sizes, dtype)
             _compile_tokens(sizes, dtype)
+            _compile_mlp(sizes, dtype)
+    form = "shared"
+    for name, case in SHARED.items():
+        for dtype in SHARED_DTYPES.get(name, (torch.bfloat16,)):
+            _compile_shared(case, dtype)
+    form = None
     name, dtype = "64-bit counts", torch.bfloat16
     addition._WIDE_FROM = 0
     _compile_additions(POSITIONS["paper"], dtype)
     form = "dense"
     launcher._WIDE_FROM = 0
     launcher._MAX_PROGRAMS = 7
+    normalized._WIDE_FROM = 0
+    normalized._MAX_PROGRAMS = 7
     case = CASES["spatial"]
     query, key = (torch.empty(shape, dtype=dtype) for shape in (case.query_shape, case.key_shape))
     launcher.backward(query, query, key, key, case.region, None)
+    form = "shared"
+    for shared in ("spatial", "many tiles"):
+        _compile_shared(SHARED[shared], dtype)
     form, query, key = "packed", query.flatten(0, 3), key.flatten(0, 3)
     launcher.packed_backward(query, query, key, key, torch.tensor([case.grid]), case.region, None)
 

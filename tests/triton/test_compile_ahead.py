@@ -20,13 +20,17 @@ POSITION_KERNELS = {
     "update_kernel",
     "losses_kernel",
     "gradients_kernel",
+    "position_gelu_kernel",
+    "gelu_gradient_kernel",
 }
+# Of the attention whose heads share keys: in one program, and in several.
+SHARED_KERNELS = {"forward_kernel", "backward_kernel", "products_kernel", "pool_kernel", "row_gradients_kernel"}
 ROOT = Path(__file__).parents[2]
 
 
 def test_compiles_for_a_gpu_that_is_not_there(tmp_path):
     """All kernels for sm_90, in a process of its own. The small regions must neither spill registers nor wait, and the
-    kernels of positions must not spill any."""
+    kernels of positions and of shared keys must not spill any."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
@@ -41,6 +45,12 @@ def test_compiles_for_a_gpu_that_is_not_there(tmp_path):
     assert {record["dtype"] for record in records if record["kernel"] == "propagate_kernel"} == dtypes
     for record in records:
         assert record["stack"] <= (0 if record["kernel"] in POSITION_KERNELS else 64), record
+        if record["form"] == "shared":
+            assert record["kernel"] in SHARED_KERNELS, record
+            assert record["stack"] == 0, record
+            if record["case"] in ("spatial", "joint"):
+                assert set(record["loads"]) == {"ld.global.v4.b32"}, record
+            continue
         if record["case"] == "paper" and record["kernel"] in ("add_kernel", "add_packed_kernel", "gather_kernel"):
             assert "ld.global.v4.b32" in record["loads"], record
             assert "ld.global.b16" not in record["loads"], record
@@ -56,3 +66,4 @@ def test_compiles_for_a_gpu_that_is_not_there(tmp_path):
         # The kernels of logits in fp32 are the same for all dtypes of hidden.
         assert compiled >= POSITION_KERNELS - {"update_kernel", "losses_kernel"}
     assert {r["kernel"] for r in records if r["case"] == "one of everything"} >= POSITION_KERNELS
+    assert {r["kernel"] for r in records if r["form"] == "shared"} == SHARED_KERNELS
