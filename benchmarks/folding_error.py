@@ -12,6 +12,7 @@ import copy
 import json
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from torch import Tensor, nn
 
 from llava_st_ops.nn import LanguageAlignedPositionalEmbedding, SpatialTemporalPacker, VisualTokenizer
 
-from .environment import describe
-from .record import RESULTS
+from .environment import ROOT, describe
 
+RECORD = ROOT / "benchmarks" / "results" / "folding_error.json"
 DRAWS = 20
 VISION, WIDTH, EMBED, HEADS = 96, 256, 128, 8
 FEATURES = (1, 5, 9, 9, VISION)
@@ -120,9 +121,14 @@ def measure(draws: int = DRAWS) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=DRAWS)
-    rows = measure(parser.parse_args().draws)
-    for row in rows:
-        print(f"{row['regime']:16} {row['dtype']:9} median {row['median_ratio']:.3f}, largest {row['largest_ratio']:.3f}")
+    parser.add_argument("--out", type=Path, default=RECORD, help="where the record goes")
+    arguments = parser.parse_args()
+    record = {"environment": describe(torch.device("cpu")), "rows": measure(arguments.draws)}
+    for row in record["rows"]:
+        print(
+            f"{row['regime']:16} {row['dtype']:9} median {row['median_ratio']:.3f}, largest {row['largest_ratio']:.3f}"
+        )
+    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
   move to the queries; those of the values move behind the pooling.
 - The first layers of the key and the value MLP are one product.
 - What is linear before them, the second layer of a projector and LAPE's addition, is multiplied into them.
-- What is linear behind the pooling is one matrix.
+- Biases of the values are part of the bias behind the pooling.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ class FoldedPacker:
     """The matrices of a folded packer. Heads have D channels each, the packer E, features K, and results C.
 
     `positions` are what anchors of time, height and width add before the GELU, `[n, 2 E]` each; None without LAPE.
-    `between` and `output` are what follows the pooling, one matrix where `between` is None.
     """
 
     region: tuple[int, int, int]
@@ -42,10 +41,9 @@ class FoldedPacker:
     second_biases: tuple[Tensor, Tensor]
     absorbed: Tensor  # [heads, D, E]: from a head's query to what is multiplied with normalised keys
     value_weight: Tensor  # [heads, E, D]
-    value_bias: Tensor  # [heads D]
-    between: tuple[Tensor, Tensor] | None
+    out_weight: Tensor  # [heads D, heads D]
+    out_bias: Tensor  # [heads D]: also what the biases of the values come to
     output_weight: Tensor  # [C, heads D]
-    output_bias: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -57,12 +55,8 @@ class Before:
     tables: Sequence[Tensor] | None
 
 
-def fold(packer: nn.Module, before: Before | None, queries: int | None = None) -> FoldedPacker:
-    """The matrices of a `PointToRegionPacker`, part of the graph where gradients are wanted.
-
-    `queries` says how many there will be, where the matrices are for one use: below the width of the features, one
-    matrix behind the pooling costs more than it saves.
-    """
+def fold(packer: nn.Module, before: Before | None) -> FoldedPacker:
+    """The matrices of a `PointToRegionPacker`, part of the graph where gradients are wanted."""
     queries_mlp, keys, values = packer.query_mlp, packer.key_mlp, packer.value_mlp
     first_weight = torch.cat([keys[0].weight, values[0].weight])
     first_bias = torch.cat([keys[0].bias, values[0].bias])
@@ -82,17 +76,10 @@ def fold(packer: nn.Module, before: Before | None, queries: int | None = None) -
     # The softmax does not see what is the same for all keys of a region, such as the LayerNorm's shift.
     gain = _with_zero_gradient(packer.key_norm.weight, packer.key_norm.bias)
     absorbed = _wide(key_weight) * (_wide(gain) * scale)
-    absorbed = absorbed - absorbed.mean(-1, keepdim=True)  # normalised keys have no mean
     gained = _wide(value_weight) * _wide(packer.value_norm.weight)
+    # Biases of the values go through the pooling unchanged.
     value_bias = linear(_wide(packer.value_norm.bias), _wide(value_weight), _wide(value_bias))
-
-    out, output = packer.out_proj, packer.output
-    between = (out.weight, out.bias)
-    output_weight, output_bias = output.weight, None
-    if queries is None or queries >= output.weight.shape[0]:
-        between = None
-        output_weight = output.weight @ out.weight
-        output_bias = linear(_wide(out.bias), _wide(output.weight)).to(output.weight.dtype)
+    out_bias = linear(value_bias, _wide(packer.out_proj.weight), _wide(packer.out_proj.bias))
     dtype = key_weight.dtype
     return FoldedPacker(
         region=packer.region,
@@ -115,10 +102,9 @@ def fold(packer: nn.Module, before: Before | None, queries: int | None = None) -
         second_biases=(keys[2].bias, values[2].bias),
         absorbed=absorbed.to(dtype).unflatten(0, (heads, -1)),
         value_weight=gained.to(dtype).unflatten(0, (heads, -1)).transpose(1, 2),
-        value_bias=value_bias.to(dtype),
-        between=between,
-        output_weight=output_weight,
-        output_bias=output_bias,
+        out_weight=packer.out_proj.weight,
+        out_bias=out_bias.to(dtype),
+        output_weight=packer.output.weight,
     )
 
 
@@ -139,10 +125,12 @@ def pack(folded: FoldedPacker, centers: Tensor, features: Tensor, positions: Seq
     absorbed = torch.matmul(query, folded.absorbed).transpose(0, 1).unflatten(0, grid)
     pooled = normalized_region_attention(absorbed, key, value, folded.region, folded.eps)
     values = torch.matmul(pooled.flatten(0, 3).transpose(0, 1), folded.value_weight)
-    attended = values.transpose(0, 1).flatten(1).unflatten(0, grid) + folded.value_bias
-    if folded.between is not None:
-        attended = linear(attended, *folded.between)
-    return centers + linear(attended, folded.output_weight, folded.output_bias)
+    attended = linear(values.transpose(0, 1).flatten(1), folded.out_weight, folded.out_bias)
+    if centers.dtype != attended.dtype:  # under autocast
+        return centers + linear(attended, folded.output_weight).unflatten(0, grid)
+    # One product that adds to the centres, and is rounded once. The two matrices are not multiplied into one: that
+    # would save less than one percent, and need a bias besides.
+    return torch.addmm(centers.flatten(0, 3), attended, folded.output_weight.t()).unflatten(0, grid)
 
 
 def _query(folded: FoldedPacker, centers: Tensor) -> Tensor:
@@ -172,18 +160,18 @@ class Kept:
         self._value: Any = None
         self._memory: list[torch.UntypedStorage] = []  # so that no other tensor can get it while its address is a key
 
-    def get(self, parameters: Sequence[Tensor], compute: Callable[[bool], Any]) -> Any:
-        """`compute(True)`, or what it gave before; where a gradient may be wanted, `compute(False)`, in the graph."""
+    def get(self, parameters: Sequence[Tensor], compute: Callable[[], Any]) -> Any:
+        """`compute()`, or what it gave before; anew, and in the graph, where a gradient may be wanted."""
         wanted = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
         # A tensor made in inference mode has no version; and compiled code cannot look at one.
         if wanted or torch.compiler.is_compiling() or any(parameter.is_inference() for parameter in parameters):
-            return compute(False)
+            return compute()
         device = parameters[0].device.type
         key = [(p.data_ptr(), p._version, p.dtype, p.device, p.shape, p.stride()) for p in parameters]
         key.append((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)))
         if key != self._key:
             with torch.inference_mode(False), torch.no_grad():
-                self._value = compute(True)
+                self._value = compute()
             self._key = key
             self._memory = [parameter.untyped_storage() for parameter in parameters]
         return self._value

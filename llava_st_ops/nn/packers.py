@@ -118,7 +118,7 @@ class PointToRegionPacker(nn.Module):
         if self.execution == "folded":
             reason = self.why_not_folded()
             if reason is None:
-                folded = self.folded(centers.shape[:4].numel())
+                folded = self.folded()
                 return pack(folded, centers, features, no_positions(folded, features.shape[1:4]))
             notice_direct(self, reason)
         query_weight, key_weight, value_weight = self.in_proj_weight.chunk(3)
@@ -138,11 +138,10 @@ class PointToRegionPacker(nn.Module):
     def execution(self, execution: str) -> None:
         self._execution = check_execution(execution)
 
-    def folded(self, queries: int) -> FoldedPacker:
+    def folded(self) -> FoldedPacker:
         """The matrices of the folded execution: computed once, and anew when a parameter has changed; in the graph
-        where gradients are wanted, then as is best for so many queries."""
-        parameters = list(self.parameters())
-        return self._folded.get(parameters, lambda kept: fold(self, None, None if kept else queries))
+        where gradients are wanted."""
+        return self._folded.get(list(self.parameters()), lambda: fold(self, None))
 
     def refresh(self) -> None:
         """To be called after writes to parameters that torch does not see (through `.data`)."""

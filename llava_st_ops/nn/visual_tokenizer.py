@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .folded_path import FoldedPath, run_path
 from .folding import Before, FoldedPacker, Kept, fold, why_no_mlp
 from .lape import LanguageAlignedPositionalEmbedding
-from .packers import PointToRegionPacker, SpatialTemporalPacker, check_execution, notice_direct
+from .packers import SpatialTemporalPacker, check_execution, notice_direct
 
 CHUNK_TOKENS = 1 << 14
 
@@ -77,8 +77,7 @@ class VisualTokenizer(nn.Module):
         if self.execution == "folded":
             reason = self.why_not_folded()
             if reason is None:
-                queries = _queries(features, self.packer)
-                return run_path(self._path(queries), features, self.chunk_tokens, self.recompute)
+                return run_path(self._path(), features, self.chunk_tokens, self.recompute)
             notice_direct(self, reason)
         return self.packer(self.images(features))
 
@@ -120,29 +119,29 @@ class VisualTokenizer(nn.Module):
         if reason is not None:
             raise ValueError(f"cannot freeze: {reason}")
         with torch.no_grad():
-            return FrozenVisualTokenizer(self._path((0, 0, 0)), self.chunk_tokens)
+            return FrozenVisualTokenizer(self._path(), self.chunk_tokens)
 
-    def _path(self, queries: tuple[int, int, int]) -> FoldedPath:
+    def _path(self) -> FoldedPath:
         first, _, second = self.projector
         return FoldedPath(
             first=(first.weight, first.bias),
             second=(second.weight, second.bias),
             tables=None if self.lape is None else tuple(self.lape.visual_tables()),
             text_aligned=self.lape is not None and self.lape.text_aligned,
-            spatial=self._spatial(queries[0]),
-            slow=self.packer.slow.folded(queries[1]),
-            fast=self.packer.fast.folded(queries[2]),
+            spatial=self._spatial(),
+            slow=self.packer.slow.folded(),
+            fast=self.packer.fast.folded(),
         )
 
-    def _spatial(self, queries: int) -> FoldedPacker:
+    def _spatial(self) -> FoldedPacker:
         """The first packer's matrices, with what is linear before it."""
         packer, second, lape = self.packer.spatial, self.projector[2], self.lape
         modules = (packer, second) if lape is None else (packer, second, lape)
         parameters = [parameter for module in modules for parameter in module.parameters()]
 
-        def compute(kept: bool) -> FoldedPacker:
+        def compute() -> FoldedPacker:
             tables = None if lape is None else lape.visual_tables()
-            return fold(packer, Before(second.weight, second.bias, tables), None if kept else queries)
+            return fold(packer, Before(second.weight, second.bias, tables))
 
         return self._folded.get(parameters, compute)
 
@@ -187,17 +186,3 @@ def _map(value: Any, kind: type, change: Callable[[str, Any], Any], name: str = 
 def _check(features: Tensor) -> None:
     if features.dim() != 5:
         raise ValueError(f"features must have 5 dimensions [B, T, H, W, Cv], got shape {list(features.shape)}")
-
-
-def _queries(features: Tensor, packer: SpatialTemporalPacker) -> tuple[int, int, int]:
-    """How many queries the three packers have."""
-
-    def regions(packer: PointToRegionPacker, grid: list[int]) -> list[int]:
-        return [-(-size // step) for size, step in zip(grid, packer.region, strict=True)]
-
-    batch, *grid = features.shape[:4]
-    spatial = regions(packer.spatial, grid)
-    counts = []
-    for t, h, w in (spatial, regions(packer.slow, spatial), regions(packer.fast, spatial)):
-        counts.append(batch * t * h * w)
-    return counts[0], counts[1], counts[2]

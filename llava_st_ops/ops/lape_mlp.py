@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import choose
+from ..backends import choose, use_backend
 from ..reference.lape import computing_dtype
 from . import checks
 from .dispatch import computing_tables, register_python_kernels, run, with_defaults
@@ -79,14 +79,19 @@ class _LapeMlp(torch.autograd.Function):
         activation, preactivation = run(_FORWARD, (*first, needed), reference.linear_lape_gelu)
         if needed:
             ctx.save_for_backward(features, weight, temporal, height, width, preactivation, *second_weights)
+            # Autograd may call the backward pass in a thread of its own, which knows nothing of a forced backend.
+            ctx.backend = choose(_FORWARD, features)
         return tuple(_second_layers(activation, second_weights, second_biases))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        # Its own backward pass is an error, and only where it is wanted; compilers cannot trace the inner function.
-        outer = torch.compiler.is_compiling() or not torch.is_grad_enabled()
-        backward = _gradients if outer else _LapeMlpBackward.apply
-        return None, *backward(ctx.needs_input_grad[1:], *ctx.saved_tensors, *grad_outputs)
+        arguments = (ctx.needs_input_grad[1:], *ctx.saved_tensors, *grad_outputs)
+        if torch.compiler.is_compiling():
+            return None, *_gradients(*arguments)
+        # Its own backward pass is an error, but only where it is wanted.
+        backward = _LapeMlpBackward.apply if torch.is_grad_enabled() else _gradients
+        with use_backend(ctx.backend):
+            return None, *backward(*arguments)
 
 
 class _LapeMlpBackward(torch.autograd.Function):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch.nn.functional import gelu, linear
 
 from llava_st_ops import lape_mlp, reference, use_backend
+from tests.emulator.backend import emulated, launched
 from tests.position_cases import DTYPES, NAN, assert_matches, namespace, random, skip_without_kernel
 from tests.tolerance import assert_accurate
 
@@ -101,6 +104,18 @@ def test_keeps_features_and_preactivations_alone():
         lape_mlp(*leaves[:3], leaves[3:6], leaves[6:8], leaves[8:])
     tokens = 4 * 6 * 6
     assert sorted(x.numel() // tokens for x in kept if x.numel() >= tokens * 16) == [16, 64]
+
+
+def test_backward_in_another_thread_takes_the_same_backend():
+    """As autograd's threads of devices do."""
+    leaves = [x.requires_grad_() for x in inputs_of(CASES[0], torch.float32)]
+    with emulated("threads"):
+        output = op(*leaves)
+    with launched() as names:
+        thread = threading.Thread(target=lambda: output.sum().backward())
+        thread.start()
+        thread.join()
+    assert any("gelu_gradient" in name for name in names)
 
 
 # The two ops ----------------------------------------------------------------------------------------------------------
