@@ -154,6 +154,10 @@ LLAVA_ST_DEVICE int afresh(int number) {
   asm volatile("" : "+r"(number));
   return number;
 }
+LLAVA_ST_DEVICE int64_t afresh(int64_t number) {
+  asm volatile("" : "+l"(number));
+  return number;
+}
 
 // Loads of what this launch only reads, once: past the L1 cache. Where `wanted` is false nothing is read and the result
 // is zero. They are volatile so that they are issued where they stand, many in a row, before the first is waited for.

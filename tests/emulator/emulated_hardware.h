@@ -159,6 +159,7 @@ T* settled(T* pointer) {
 }
 
 inline int afresh(int number) { return number; }
+inline int64_t afresh(int64_t number) { return number; }
 
 template <class T>
 LLAVA_ST_LAYER T load_once(const T* from, bool wanted) {

@@ -21,12 +21,12 @@ struct BackwardChunk {
 };
 
 template <class L>
-LLAVA_ST_DEVICE void score_chunk(const RegionOfQuery<L>& region, const typename L::Element* query,
+LLAVA_ST_DEVICE void score_chunk(const RegionOfHead<L>& region, const typename L::Element* query,
                                  const typename L::Element* grad_output, int64_t begin, int count,
                                  BackwardChunk& chunk) {
   for (int i = thread_index() / kWarpSize; i < count; i += kRowWarps) {
-    const auto* const key = region.key(begin + i);
-    const auto* const value = region.value(begin + i);
+    const auto* const key = region.keys.at(begin + i);
+    const auto* const value = region.values.at(begin + i);
     const Normalizer of_key = region.normalizer(key);
     const float score = normalized_product<L>(key, of_key, query, region.width());
     const float grad_weight = normalized_product<L>(value, region.normalizer(value), grad_output, region.width());
@@ -41,7 +41,7 @@ LLAVA_ST_DEVICE void score_chunk(const RegionOfQuery<L>& region, const typename 
 template <class L>
 LLAVA_ST_DEVICE void differentiate_query(const NormalizedBackwardArguments<typename L::Element>& arguments, int64_t row,
                                          BackwardChunk& chunk) {
-  const RegionOfQuery<L> region(arguments.problem, row, arguments.key, arguments.value);
+  const RegionOfHead<L> region(arguments.problem, row, arguments.key, arguments.value);
   const auto* const query = region.row_of(arguments.query);
   const auto* const grad_output = region.row_of(arguments.grad_output);
   const auto score = [&](int64_t begin) {
@@ -78,7 +78,7 @@ LLAVA_ST_DEVICE void differentiate_query(const NormalizedBackwardArguments<typen
       for (int i = 0; i < count; ++i) {
         const float weight = weight_of(chunk.score[i], statistics.base) * statistics.normalization;
         const float grad_score = weight * (chunk.grad_weight[i] - statistics.delta);
-        result.add(grad_score * chunk.key[i].inverse, region.key(begin + i), chunk.key[i].mean);
+        result.add(grad_score * chunk.key[i].inverse, region.keys.at(begin + i), chunk.key[i].mean);
       }
     }
     result.store(arguments.grad_query + row * region.width());
@@ -89,7 +89,7 @@ template <class L>
 LLAVA_ST_GLOBAL void LLAVA_ST_LAUNCH_BOUNDS(kRowThreads, 1)
     normalized_query_gradient(const NormalizedBackwardArguments<typename L::Element> arguments) {
   LLAVA_ST_SHARED(BackwardChunk, chunk, 1);
-  const AttentionProblem& problem = arguments.problem.attention;
+  const NormalizedProblem& problem = arguments.problem;
   for (int64_t row = block_index(); row < problem.queries * problem.heads; row += block_count()) {
     differentiate_query<L>(arguments, row, chunk[0]);
   }
@@ -108,7 +108,7 @@ struct TokenSite {
   Extent token, region;  // their places in the grid, and among the regions
   int64_t query;
 
-  LLAVA_ST_DEVICE TokenSite(const AttentionProblem& problem, int64_t index) {
+  LLAVA_ST_DEVICE TokenSite(const NormalizedProblem& problem, int64_t index) {
     const Extent grid = problem.grid, regions = regions_of(grid, problem.region);
     const int64_t line = index / grid.w, plane = line / grid.h;
     sample = plane / grid.t;
@@ -142,13 +142,13 @@ LLAVA_ST_DEVICE void store_token_gradient(const RowSums<L>& sums, const typename
 template <class L>
 LLAVA_ST_DEVICE void differentiate_token(const NormalizedBackwardArguments<typename L::Element>& arguments,
                                          int64_t index, HeadChunk& chunk) {
-  const AttentionProblem& problem = arguments.problem.attention;
-  const int width = problem.head_dim;
+  const NormalizedProblem& problem = arguments.problem;
+  const int width = problem.width;
   const TokenSite site(problem, index);
   const auto* const key = site.row(arguments.key);
   const auto* const value = site.row(arguments.value);
-  const Normalizer of_key = normalizer_of_row<L>(key, width, arguments.problem.eps);
-  const Normalizer of_value = normalizer_of_row<L>(value, width, arguments.problem.eps);
+  const Normalizer of_key = normalizer_of_row<L>(key, width, problem.eps);
+  const Normalizer of_value = normalizer_of_row<L>(value, width, problem.eps);
 
   for (int at = 0; at < width; at += kSumChannels<L>) {
     RowSums<L> key_sums(at, width), value_sums(at, width);

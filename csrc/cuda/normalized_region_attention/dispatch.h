@@ -4,6 +4,8 @@
 #include "../point_to_region_attention/dispatch.h"
 #include "backward.cuh"
 #include "forward.cuh"
+#include "tile_backward.cuh"
+#include "tile_forward.cuh"
 
 namespace llava_st::cuda {
 
@@ -12,10 +14,22 @@ constexpr int64_t kMostChannels = int64_t{1} << 30;
 
 inline NormalizedProblem normalized_problem(int64_t samples, Extent grid, Extent region, int64_t heads, int64_t width,
                                             double eps) {
-  return {dense_problem(samples, grid, region, heads, width, 1.0), static_cast<float>(eps)};
+  NormalizedProblem problem = {};
+  const Extent regions = regions_of(grid, region);
+  problem.queries = samples * regions.count();
+  problem.heads = heads;
+  problem.width = static_cast<int>(width);
+  problem.eps = static_cast<float>(eps);
+  problem.grid = grid;
+  problem.region = clip(region, grid);
+  problem.by_heads = Divisor(heads);
+  problem.by_regions = Divisor(regions.count());
+  problem.by_regions_h = Divisor(regions.h);
+  problem.by_regions_w = Divisor(regions.w);
+  return problem;
 }
 
-inline int64_t rows_of(const NormalizedProblem& problem) { return problem.attention.queries * problem.attention.heads; }
+inline int64_t rows_of(const NormalizedProblem& problem) { return problem.queries * problem.heads; }
 
 /// Calls `visit` with how general kernels move rows: sixteen bytes at once, or single elements.
 template <class T, class Visit>
@@ -30,7 +44,7 @@ void with_packets(bool vectors, const Visit& visit) {
 template <class T>
 bool in_vectors(const NormalizedForwardArguments<T>& arguments) {
   constexpr int elements = sizeof(Words) / sizeof(T);
-  return arguments.problem.attention.head_dim % elements == 0 && aligned(arguments.query) && aligned(arguments.key) &&
+  return arguments.problem.width % elements == 0 && aligned(arguments.query) && aligned(arguments.key) &&
          aligned(arguments.value) && aligned(arguments.output);
 }
 
@@ -42,12 +56,30 @@ bool in_vectors(const NormalizedBackwardArguments<T>& arguments) {
          aligned(arguments.grad_value);
 }
 
+/// Whether the tensor cores take a problem: rows of 16-bit elements in vectors, not too wide for a block to hold, and
+/// regions that fit one matrix product.
+inline bool fits_tile(const NormalizedProblem& problem, bool vectors) {
+  return vectors && problem.width <= kMostWarps * kSliceChannels && problem.region.count() <= kTileRows;
+}
+
+/// A block per region, and a warp for each of its slices.
+inline LaunchShape tile_shape(const NormalizedProblem& problem, void* stream) {
+  const int64_t warps = ceil_div(problem.width, kSliceChannels);
+  return {smaller(problem.queries, max_blocks()), static_cast<int>(warps) * kWarpSize, stream};
+}
+
 /// Launches the forward kernel; an empty problem launches nothing.
 template <class T>
 void launch_normalized_forward(const NormalizedForwardArguments<T>& arguments, void* stream) {
   const int64_t rows = rows_of(arguments.problem);
   if (rows == 0) return;
-  with_packets<T>(in_vectors(arguments), [&](auto packets) {
+  const bool vectors = in_vectors(arguments);
+  if constexpr (sizeof(T) == 2) {
+    if (fits_tile(arguments.problem, vectors)) {
+      return launch<normalized_tile_forward<T>>(tile_shape(arguments.problem, stream), arguments);
+    }
+  }
+  with_packets<T>(vectors, [&](auto packets) {
     launch<normalized_forward<decltype(packets)>>({smaller(rows, max_blocks()), kRowThreads, stream}, arguments);
   });
 }
@@ -56,7 +88,13 @@ void launch_normalized_forward(const NormalizedForwardArguments<T>& arguments, v
 template <class T>
 void launch_normalized_backward(const NormalizedBackwardArguments<T>& arguments, int64_t tokens, void* stream) {
   const int64_t rows = rows_of(arguments.problem);
-  with_packets<T>(in_vectors(arguments), [&](auto packets) {
+  const bool vectors = in_vectors(arguments);
+  if constexpr (sizeof(T) == 2) {
+    if (rows > 0 && arguments.problem.heads <= kMostTileHeads && fits_tile(arguments.problem, vectors)) {
+      return launch<normalized_tile_backward<T>>(tile_shape(arguments.problem, stream), arguments);
+    }
+  }
+  with_packets<T>(vectors, [&](auto packets) {
     using L = decltype(packets);
     if (rows > 0) {
       launch<normalized_query_gradient<L>>({smaller(rows, max_blocks()), kRowThreads, stream}, arguments);

@@ -1,15 +1,22 @@
 // What the kernels of normalized region attention are told: pointers, strides and sizes.
 #pragma once
 
-#include "../point_to_region_attention/site.cuh"
+#include "../../geometry/regions.h"
+#include "../divisor.cuh"
+#include "../operand.cuh"
 
 namespace llava_st::cuda {
 
 struct NormalizedProblem {
-  AttentionProblem attention;  // dense; its head_dim is the number of channels, which keys have without heads
+  int64_t queries;  // regions of all samples together
+  int64_t heads;
+  int width;  // channels of a row
   float eps;
+  Extent grid, region;
+  Divisor by_heads, by_regions, by_regions_h, by_regions_w;
 };
 
+/// Tokens have no heads: their strides along these are zero.
 template <class T>
 struct NormalizedForwardArguments {
   NormalizedProblem problem;

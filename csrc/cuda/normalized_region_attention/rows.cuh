@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../row_packets.cuh"
-#include "problem.cuh"
+#include "regions.cuh"
 
 namespace llava_st::cuda {
 
