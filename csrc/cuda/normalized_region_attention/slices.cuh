@@ -19,6 +19,7 @@ constexpr int kStepChannels = 64;
 constexpr int kSteps = 2;
 constexpr int kSliceChannels = kSteps * kStepChannels;
 constexpr int kMostWarps = 16;
+constexpr int kMostTileThreads = kMostWarps * kWarpSize;
 constexpr int kTileRows = 16;  // keys of a region, at most
 constexpr int kTileHeads = 8;  // that go through one matrix product
 

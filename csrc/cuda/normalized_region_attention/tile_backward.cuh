@@ -172,7 +172,7 @@ LLAVA_ST_DEVICE void differentiate_tile(const NormalizedBackwardArguments<T>& ar
 }
 
 template <class T>
-LLAVA_ST_GLOBAL void LLAVA_ST_LAUNCH_BOUNDS(kMostWarps* kWarpSize, 1)
+LLAVA_ST_GLOBAL void LLAVA_ST_LAUNCH_BOUNDS(kMostTileThreads, 1)
     normalized_tile_backward(const NormalizedBackwardArguments<T> arguments) {
   LLAVA_ST_SHARED(BackwardTile, tile, 1);
   const NormalizedProblem& problem = arguments.problem;

@@ -86,7 +86,7 @@ LLAVA_ST_DEVICE void attend_tile(const NormalizedForwardArguments<T>& arguments,
 }
 
 template <class T>
-LLAVA_ST_GLOBAL void LLAVA_ST_LAUNCH_BOUNDS(kMostWarps* kWarpSize, 1)
+LLAVA_ST_GLOBAL void LLAVA_ST_LAUNCH_BOUNDS(kMostTileThreads, 1)
     normalized_tile_forward(const NormalizedForwardArguments<T> arguments) {
   LLAVA_ST_SHARED(ForwardTile, tile, 1);
   const NormalizedProblem& problem = arguments.problem;
