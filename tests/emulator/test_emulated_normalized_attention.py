@@ -105,7 +105,9 @@ CASES = [
     Case(1, (17, 1, 1), (17, 1, 1), 3, 64),  # more keys than the tensor cores take
     Case(1, (70, 1, 1), (69, 1, 1), 3, 16),  # more than one chunk of them
     Case(1, (1, 2, 2), (1, 2, 2), 33, 8),  # more heads than that takes in the backward pass, and than one chunk
+    Case(1, (1, 2, 2), (1, 2, 2), 32, 8),  # as many as it takes
     Case(1, (1, 2, 1), (1, 2, 1), 1, 2056),  # more channels
+    Case(1, (1, 2, 1), (1, 2, 1), 1, 2048),
     Case(1, (2, 2, 3), (1, 2, 2), 2, 7),  # rows that are no whole vectors
     Case(1, (3, 2, 1), (1, 1, 1), 2, 16),  # one key per region
     Case(1, (2, 3, 2), (9, 9, 9), 2, 16),  # the whole grid, as a larger region

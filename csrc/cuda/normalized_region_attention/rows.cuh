@@ -58,8 +58,8 @@ struct Normalizer {
   float mean, inverse;
 };
 
-/// Of a row with that mean variance. Without any variance, and with eps = 0, a row becomes NaN, and so does all that
-/// depends on it, though infinity would not do so everywhere.
+/// What a row of that variance is multiplied with. Without any, and with eps = 0, a row becomes NaN, and so does all
+/// that depends on it; infinity would not get everywhere.
 LLAVA_ST_DEVICE float inverse_deviation(float variance, float eps) {
   const float inverse = 1.0f / square_root(variance + eps);
   return inverse == INFINITY ? NAN : inverse;
