@@ -100,6 +100,7 @@ LLAVA_ST_DEVICE T atomic_add(T* to, T value) {
 LLAVA_ST_DEVICE float exp2(float x) { return ::exp2f(x); }
 LLAVA_ST_DEVICE float log2(float x) { return ::log2f(x); }
 LLAVA_ST_DEVICE float erf(float x) { return ::erff(x); }
+LLAVA_ST_DEVICE float square_root(float x) { return ::sqrtf(x); }
 
 /// 1 / x to within one unit in the last place.
 LLAVA_ST_DEVICE float fast_reciprocal(float x) {
@@ -137,6 +138,10 @@ LLAVA_ST_DEVICE uint32_t float16_word(FloatPair pair) {
   return __half_as_ushort(__low2half(rounded)) | static_cast<uint32_t>(__half_as_ushort(__high2half(rounded))) << 16;
 }
 
+/// The low halves of two words as one word, that of `x` first in memory; and the high halves.
+LLAVA_ST_DEVICE uint32_t low_halves(uint32_t x, uint32_t y) { return __byte_perm(x, y, 0x5410); }
+LLAVA_ST_DEVICE uint32_t high_halves(uint32_t x, uint32_t y) { return __byte_perm(x, y, 0x7632); }
+
 /// The same pointer. The compiler does not look behind it, and so does not take apart what it was calculated from.
 template <class T>
 LLAVA_ST_DEVICE T* settled(T* pointer) {
@@ -148,6 +153,10 @@ LLAVA_ST_DEVICE T* settled(T* pointer) {
 /// for as long.
 LLAVA_ST_DEVICE int afresh(int number) {
   asm volatile("" : "+r"(number));
+  return number;
+}
+LLAVA_ST_DEVICE int64_t afresh(int64_t number) {
+  asm volatile("" : "+l"(number));
   return number;
 }
 
@@ -244,6 +253,8 @@ LLAVA_ST_DEVICE WordPair load_often(const WordPair* from) {
   return {{to.x, to.y}};
 }
 LLAVA_ST_DEVICE float load_often(const float* from) { return __ldg(from); }
+LLAVA_ST_DEVICE BFloat16 load_often(const BFloat16* from) { return {__ldg(&from->bits)}; }
+LLAVA_ST_DEVICE Float16 load_often(const Float16* from) { return {__ldg(&from->bits)}; }
 
 /// A store of what is soon read again, and one of what is not and may leave the caches first.
 template <class T>

@@ -27,6 +27,7 @@ from scripts.kernel_report import (
 LIBRARY = LIBRARY_FOLDER / "libllava_st_cuda.so"
 VECTOR = 128  # bits
 INTEGER = 64  # bits of the numbers that tell where packed videos begin
+STATISTICS = 32  # those of a softmax's floats
 NO_RESOURCES = Resources(registers=0, shared=0, stack=0, local=0)
 
 
@@ -134,6 +135,9 @@ ROW_KERNELS = {
     "lape_scatter_sum_segments": {VECTOR, INTEGER},
     "position_gelu": {VECTOR},
     "gelu_gradient": {VECTOR},
+    "normalized_forward": {VECTOR},
+    "normalized_query_gradient": {VECTOR, STATISTICS},
+    "normalized_token_gradients": {VECTOR, STATISTICS},
 }
 
 
@@ -161,6 +165,18 @@ def test_rows_move_in_packets_or_single_elements(kernels):
     assert {name for _, name in layouts} >= {*ROW_KERNELS, "lape_scatter_forward", "lape_scatter_gather"}
     assert all(both == {True, False} for both in layouts.values()), layouts
     assert not narrow, "\n".join(narrow)
+
+
+def test_tensor_cores_are_fed_in_vectors(kernels):
+    tiles = [kernel for kernel in kernels if kernel.name.startswith("normalized_tile_")]
+    assert {kernel.name.partition("<")[0] for kernel in tiles} == {
+        "normalized_tile_forward",
+        "normalized_tile_backward",
+    }
+    for kernel in tiles:
+        assert widths(kernel.code) == {VECTOR}, str(kernel)
+        # Two blocks of eight warps, which take the 1024 channels of the paper, share a multiprocessor's registers.
+        assert kernel.resources.registers <= 128, str(kernel)
 
 
 def test_rows_of_embeddings_are_copied_in_vectors(kernels):

@@ -99,6 +99,7 @@ LLAVA_ST_LAYER T atomic_add(T* to, T value) {
 inline float exp2(float x) { return std::exp2f(x); }
 inline float log2(float x) { return std::log2f(x); }
 inline float erf(float x) { return std::erf(x); }
+inline float square_root(float x) { return std::sqrt(x); }
 inline float fast_reciprocal(float x) { return 1.0f / x; }
 inline float maximum(float a, float b) { return std::fmaxf(a, b); }
 
@@ -150,12 +151,16 @@ uint32_t word_of(FloatPair pair) {
 inline uint32_t bfloat16_word(FloatPair pair) { return word_of<BFloat16>(pair); }
 inline uint32_t float16_word(FloatPair pair) { return word_of<Float16>(pair); }
 
+inline uint32_t low_halves(uint32_t x, uint32_t y) { return (x & 0xffff) | y << 16; }
+inline uint32_t high_halves(uint32_t x, uint32_t y) { return x >> 16 | (y & 0xffff0000u); }
+
 template <class T>
 T* settled(T* pointer) {
   return pointer;
 }
 
 inline int afresh(int number) { return number; }
+inline int64_t afresh(int64_t number) { return number; }
 
 template <class T>
 LLAVA_ST_LAYER T load_once(const T* from, bool wanted) {

@@ -42,7 +42,9 @@ def test_overrun_is_caught():
     assert "zoo.cuh" in wrong.stderr
 
 
-@pytest.mark.parametrize("kernels", ["attention", "lape_add", "lape_scatter", "linear_lape_gelu"])
+@pytest.mark.parametrize(
+    "kernels", ["attention", "normalized_attention", "lape_add", "lape_scatter", "linear_lape_gelu"]
+)
 def test_kernels(kernels):
     result = run("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/emulator/test_emulated_{kernels}.py")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]

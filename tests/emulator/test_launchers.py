@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from tests.emulator.backend import emulated
 from tests.emulator.emulated_lape import random, random_tables
 from tests.emulator.test_emulated_lape_add import Case as LapeCase
 from tests.emulator.test_emulated_lape_scatter import scatter_case
+from tests.emulator.test_emulated_normalized_attention import Case as NormalizedCase
 from tests.ops.test_errors import BAD_DENSE, BAD_PACKED, CASE, dense, packed
 from tests.ops.test_torch_integration import raw_calls
 
@@ -110,3 +113,60 @@ def test_shapes_of_lape_are_checked(ops):
         ops.lape_add(features, *tables[:2], tables[2][:, :3])
     with pytest.raises(RuntimeError, match="lape_add_packed: grid_thw must be int32 or int64"):
         ops.lape_add_packed(features.flatten(0, 3), *tables, torch.ones(1, 3))
+
+
+# normalized_region_attention ------------------------------------------------------------------------------------------
+
+
+NORMALIZED = NormalizedCase(1, (1, 3, 3), (1, 3, 3), 2, 8)
+
+
+def normalized(**changes):
+    inputs = NORMALIZED.inputs(torch.float32)
+    arguments = dict(zip(("query", "key", "value"), inputs, strict=True))
+    return [*{**arguments, "region": [1, 3, 3], "eps": 1e-5, **changes}.values()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"region": [1, 3]}, "region must be three positive sizes .* got .1, 3."),
+        ({"query": torch.zeros(2, 8)}, "query must have 6 dimensions .* got 2"),
+        ({"key": torch.zeros(2, 8)}, "key must have 5 dimensions .* got 2"),
+        ({"key": torch.zeros(1, 1, 3, 3, 8).half()}, "key must have the dtype of query, float32, got float16"),
+        ({"value": torch.zeros(1, 1, 3, 3, 9)}, "value must have shape .1, 1, 3, 3, 8., got .1, 1, 3, 3, 9."),
+        ({"query": torch.zeros(1, 1, 1, 2, 2, 8)}, "query must have shape .1, 1, 1, 1, 2, 8., got .1, 1, 1, 2, 2, 8."),
+        ({"eps": -1.0}, "eps must be a finite number, not below 0, got -1"),
+        ({"eps": math.nan}, "eps must be a finite number, not below 0, got nan"),
+    ],
+)
+def test_bad_normalized_arguments(ops, changes, message):
+    with pytest.raises(RuntimeError, match=message):
+        ops.normalized_region_attention(*normalized(**changes))
+    with pytest.raises(RuntimeError, match=message):
+        ops.normalized_region_attention_backward(torch.zeros(1, 1, 1, 1, 2, 8), *normalized(**changes))
+
+
+def test_what_normalized_attention_refuses(ops):
+    rows = torch.zeros(1, 1, 3, 3, 0)
+    with pytest.raises(RuntimeError, match="at least one channel to normalise over"):
+        ops.normalized_region_attention(*normalized(query=torch.zeros(1, 1, 1, 1, 2, 0), key=rows, value=rows))
+    doubles = [x.double() for x in NORMALIZED.inputs(torch.float32)]
+    with pytest.raises(RuntimeError, match="query must be float32, bfloat16 or float16 .* got float64"):
+        ops.normalized_region_attention(*doubles, [1, 3, 3], 1e-5)
+    with pytest.raises(RuntimeError, match="grad_output must have shape"):
+        ops.normalized_region_attention_backward(torch.zeros(1, 1, 1, 1, 2, 9), *normalized())
+    huge = torch.zeros(1, 1, 1, 1, 1, 1).expand(1, 1, 1, 1, 1, 2**30)
+    with pytest.raises(RuntimeError, match=r"2\^30 channels or more are not supported, got 1073741824"):
+        ops.normalized_region_attention(huge, huge[..., 0, :], huge[..., 0, :], [1, 1, 1])
+    long = torch.zeros(1, 1, 1, 1, 8).expand(1, 2**31, 1, 1, 8)
+    with pytest.raises(RuntimeError, match=r"regions of 2\^31 tokens or more along one axis are not supported"):
+        ops.normalized_region_attention(torch.zeros(1, 1, 1, 1, 1, 8), long, long, [2**31, 1, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_opcheck_of_normalized_attention(ops, dtype):
+    inputs = [x.requires_grad_() for x in NORMALIZED.inputs(dtype)]
+    torch.library.opcheck(ops.normalized_region_attention.default, (*inputs, [1, 3, 3], 1e-5))
+    grad_output, *inputs = (x.detach() for x in (inputs[0], *inputs))
+    torch.library.opcheck(ops.normalized_region_attention_backward.default, (grad_output, *inputs, [1, 3, 3], 1e-5))
