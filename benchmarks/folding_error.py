@@ -46,11 +46,21 @@ def large_tables(tokenizer: VisualTokenizer) -> None:
         table.mul_(10)
 
 
-def correlated_rows(tokenizer: VisualTokenizer) -> None:
-    """Weights whose rows share a direction, as large as the rest: sums that cancel, and means far from zero."""
+def correlate(tokenizer: VisualTokenizer, share: float) -> None:
+    """Adds the same direction to all rows of a matrix: sums that cancel, and means far from zero."""
     for name, weight in tokenizer.named_parameters():
         if weight.dim() == 2 and "lape" not in name:
-            weight.add_(torch.randn(weight.shape[1]) * weight.std())
+            weight.add_(torch.randn(weight.shape[1]) * weight.std() * share)
+
+
+def correlated_rows(tokenizer: VisualTokenizer) -> None:
+    """Rows that share a direction of 0.3 times what is their own."""
+    correlate(tokenizer, 0.3)
+
+
+def alike_rows(tokenizer: VisualTokenizer) -> None:
+    """Rows that share as much as is their own: more than trained weights do."""
+    correlate(tokenizer, 1)
 
 
 REGIMES: dict[str, Callable[[VisualTokenizer], None]] = {
@@ -58,6 +68,7 @@ REGIMES: dict[str, Callable[[VisualTokenizer], None]] = {
     "trained gains": trained_gains,
     "large tables": large_tables,
     "correlated rows": correlated_rows,
+    "alike rows": alike_rows,
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -70,6 +70,12 @@ def lape_mlp(
     return _LapeMlp.apply(count, *tensors)
 
 
+def _takes_the_reference(tensors: Sequence[Tensor]) -> bool:
+    if not torch.compiler.is_compiling() and is_transformed(*tensors):
+        return True
+    return choose(_FORWARD, tensors[0]) == "reference"
+
+
 class _LapeMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -80,7 +86,7 @@ class _LapeMlp(torch.autograd.Function):
         if needed:
             ctx.save_for_backward(features, weight, temporal, height, width, preactivation, *second_weights)
             # Autograd may call the backward pass in a thread of its own, which knows nothing of a forced backend.
-            ctx.backend = choose(_FORWARD, features)
+            ctx.backend = "reference" if features.is_meta else choose(_FORWARD, features)
         return tuple(_second_layers(activation, second_weights, second_biases))
 
     @staticmethod

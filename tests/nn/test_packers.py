@@ -49,10 +49,12 @@ def assert_close_to_golden(actual, expected, what):
     assert error <= bound, f"{what}: {error} > {bound}"
 
 
+@pytest.mark.parametrize("execution", ["direct", "folded"])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("name", ["packer_video_small", "packer_image"])
-def test_golden_vectors(name, backend):
+def test_golden_vectors(name, backend, execution):
     tensors, config, packer = load_golden(name)
+    packer.execution = execution
     grid = config["grid"]
     features = tensors["input.image_features"].unflatten(1, (grid, grid)).unsqueeze(0).requires_grad_()
     with use_backend(backend):
