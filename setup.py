@@ -3,6 +3,8 @@
 Environment:
     LLAVA_ST_CUDA        auto (default: where nvcc is found and works), on, off
     LLAVA_ST_CUDA_ARCHS  CUDA architectures in CMake's terms, such as "80-real;90a-real;80-virtual"
+    LLAVA_ST_CUTLASS_DIR folder in whose include/ CUTLASS's headers are, or off (default: that of nvidia-cutlass, where
+                         it is installed)
     LLAVA_ST_NATIVE      on (default), off: a package of Python alone
     MAX_JOBS             parallel compile jobs
 """
@@ -10,6 +12,7 @@ Environment:
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import re
 import runpy
@@ -108,6 +111,18 @@ def cuda_version() -> str | None:
     return None
 
 
+def cutlass_folder() -> str:
+    """Folder in whose `include` CUTLASS's headers are, `off`, or nothing where there are none."""
+    if folder := os.environ.get("LLAVA_ST_CUTLASS_DIR"):
+        return folder
+    package = importlib.util.find_spec("cutlass_library")
+    source = Path(package.origin).parent / "source" if package is not None and package.origin else None
+    if source is None or not (source / "include" / "cutlass").is_dir():
+        notice("no products by CUTLASS, which are off by default; `pip install nvidia-cutlass` has its headers")
+        return ""
+    return str(source)
+
+
 def version() -> str:
     """Which native libraries a wheel holds is part of its version: `+cu130`, `+cpu`, or nothing."""
     public = runpy.run_path(str(ROOT / "llava_st_ops" / "version.py"))["__version__"]
@@ -151,6 +166,7 @@ class CMakeBuild(build_ext):
         ]
         if cuda_version():
             configure.append(f"-DCMAKE_CUDA_COMPILER={find_nvcc()}")
+            configure.append(f"-DLLAVA_ST_CUTLASS_DIR={cutlass_folder()}")
             if architectures := os.environ.get("LLAVA_ST_CUDA_ARCHS"):
                 configure.append(f"-DLLAVA_ST_CUDA_ARCHS={architectures}")
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)

@@ -39,10 +39,10 @@ struct Positions {
   int64_t channels;
   Divisor by_columns, by_rows, by_frames;
 
-  LLAVA_ST_DEVICE PositionRows at(int64_t place) const {
-    const int64_t line = by_columns.quotient(place), frame = by_rows.quotient(line);
+  LLAVA_ST_DEVICE PositionRows at(int place) const {
+    const int line = by_columns.small_quotient(place), frame = by_rows.small_quotient(line);
     const int64_t x = place - line * by_columns.divisor, y = line - frame * by_rows.divisor;
-    const int64_t t = frame - by_frames.quotient(frame) * by_frames.divisor;
+    const int64_t t = frame - by_frames.small_quotient(frame) * by_frames.divisor;
     return {bias, temporal + t * channels, height + y * channels, width + x * channels};
   }
 };

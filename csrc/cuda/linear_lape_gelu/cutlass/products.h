@@ -7,7 +7,7 @@ namespace llava_st::cuda {
 
 /// A matrix whose rows are contiguous, `stride` apart, and aligned to sixteen bytes.
 template <class T>
-struct Rows {
+struct MatrixRows {
   T* data;
   int64_t stride;
 };
@@ -17,7 +17,7 @@ struct Rows {
 template <class T>
 struct ForwardProduct {
   int rows, channels, inputs;
-  Rows<const T> features, weight;  // `[rows, inputs]`, `[channels, inputs]`
+  MatrixRows<const T> features, weight;  // `[rows, inputs]`, `[channels, inputs]`
   Positions positions;
   T *activation, *preactivation;
 };
@@ -26,7 +26,7 @@ struct ForwardProduct {
 template <class T>
 struct BackwardProduct {
   int rows, channels, inputs;
-  Rows<const T> grad_output, weight, x;  // `[rows, inputs]`, `[inputs, channels]`, `[rows, channels]`
+  MatrixRows<const T> grad_output, weight, x;  // `[rows, inputs]`, `[inputs, channels]`, `[rows, channels]`
   T *gradient, *activation;
 };
 

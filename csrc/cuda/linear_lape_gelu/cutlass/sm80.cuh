@@ -29,7 +29,7 @@ struct Product80 {
 
 /// Launches a kernel: `a` `[m, k]` times `b`, whose rows or columns are `b.stride` apart.
 template <class Kernel, class T>
-const char* run_sm80(int m, int n, int k, const Rows<const T>& a, const Rows<const T>& b,
+const char* run_sm80(int m, int n, int k, const MatrixRows<const T>& a, const MatrixRows<const T>& b,
                      const typename Kernel::FusionCallbacks::Arguments& epilogue, void* stream) {
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
   const typename Gemm::Arguments arguments(cutlass::gemm::GemmUniversalMode::kGemm, {m, n, k}, 1, epilogue, a.data,

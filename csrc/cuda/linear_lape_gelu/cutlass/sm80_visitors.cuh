@@ -93,7 +93,7 @@ struct ForwardVisitor80 : VisitorBase80<ForwardArguments80<T>> {
 
 template <class T>
 struct BackwardArguments80 {
-  Rows<const T> x;
+  MatrixRows<const T> x;
   T *gradient, *activation;
   int64_t channels;
 };

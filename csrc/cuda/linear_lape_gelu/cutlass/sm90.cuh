@@ -61,7 +61,8 @@ Stride stride_of(int64_t rows) {
 
 /// `epilogue` goes to the tree. The source `c` may be null, and `d` is contiguous.
 template <class Kernel, class T>
-const char* run_sm90(int m, int n, int k, const Rows<const T>& a, const Rows<const T>& b, const Rows<const T>& c, T* d,
+const char* run_sm90(int m, int n, int k, const MatrixRows<const T>& a, const MatrixRows<const T>& b,
+                     const MatrixRows<const T>& c, T* d,
                      const typename Kernel::CollectiveEpilogue::FusionCallbacks::Arguments& epilogue,
                      int multiprocessors, void* stream) {
   typename Kernel::Arguments arguments = {};

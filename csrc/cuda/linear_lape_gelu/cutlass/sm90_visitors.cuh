@@ -62,13 +62,15 @@ struct PositionNode90 {
     template <class Accumulator, int COUNT>
     CUTLASS_DEVICE auto visit(const cutlass::Array<Accumulator, COUNT>& product, int part, int epi_m, int epi_n) {
       const auto of_subtile = coordinates(cute::_, cute::_, cute::_, epi_m, epi_n);
+      const auto row_of = [&](int i) { return static_cast<int>(cute::get<0>(of_subtile(part * COUNT + i))); };
+      const auto channel_of = [&](int i) { return static_cast<int>(cute::get<1>(of_subtile(part * COUNT + i))); };
+      const int first_row = afresh(row_of(0));  // or where the rows of all subtiles lie would be kept
       cutlass::Array<float, COUNT> result;
       LLAVA_ST_UNROLL
       for (int i = 0; i < COUNT; i += 2) {
-        const auto at = of_subtile(part * COUNT + i);
         // Outside of the matrix any numbers will do.
-        const int row = cute::min(static_cast<int>(cute::get<0>(at)), rows - 1);
-        const int channel = static_cast<int>(cute::get<1>(at)) < channels ? static_cast<int>(cute::get<1>(at)) : 0;
+        const int row = cute::min(first_row + (row_of(i) - row_of(0)), rows - 1);
+        const int channel = channel_of(i) < channels ? channel_of(i) : 0;
         float x[2] = {product[i], product[i + 1]};
         positions.at(row).template add_to<2>(x, channel);
         result[i] = x[0];
