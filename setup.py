@@ -12,6 +12,7 @@ Environment:
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -111,6 +112,7 @@ def cuda_version() -> str | None:
     return None
 
 
+@functools.cache
 def cutlass_folder() -> str:
     """Folder in whose `include` CUTLASS's headers are, `off`, or nothing where there are none."""
     if folder := os.environ.get("LLAVA_ST_CUTLASS_DIR"):
@@ -121,6 +123,17 @@ def cutlass_folder() -> str:
         notice("no products by CUTLASS, which are off by default; `pip install nvidia-cutlass` has its headers")
         return ""
     return str(source)
+
+
+def cutlass_license() -> Path | None:
+    """CUTLASS's license, which has to go along with what was compiled from its headers."""
+    try:
+        packaged = importlib.metadata.files("nvidia-cutlass") or []
+    except importlib.metadata.PackageNotFoundError:
+        packaged = []
+    candidates = [Path(cutlass_folder()) / "LICENSE.txt"]  # of a checkout
+    candidates += [Path(file.locate()) for file in packaged if file.name == "LICENSE.txt"]
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def version() -> str:
@@ -149,6 +162,15 @@ class CMakeBuild(build_ext):
             stale.unlink()
         if builds_native():
             subprocess.run([find_tool("cmake"), "--install", str(build), "--strip"], check=True)
+        self._add_license(folder / "CUTLASS-LICENSE.txt")
+
+    def _add_license(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        if not cuda_version() or cutlass_folder() in ("", "off"):
+            return
+        if (license := cutlass_license()) is None:
+            return notice("CUTLASS's license was not found; it has to go along with the CUDA library")
+        shutil.copyfile(license, path)
 
     def _build(self, folder: Path) -> Path:
         build = Path(self.build_temp).absolute() / "cmake"

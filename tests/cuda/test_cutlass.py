@@ -5,6 +5,7 @@ Taken from the library where it was built with them, else compiled here, which t
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import re
@@ -220,3 +221,30 @@ def test_places_of_rows(tmp_path):
     subprocess.run(command, check=True)
     result = subprocess.run([program], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+@pytest.mark.parametrize(
+    ("definitions", "text"),
+    [
+        (
+            ["LLAVA_ST_CUTLASS_SM80", "LLAVA_ST_CUTLASS_SM90"],
+            "built for sm_80 and sm_90a, off by default (LLAVA_ST_CUTLASS=1 turns it on), never executed",
+        ),
+        (
+            ["LLAVA_ST_CUTLASS_SM80"],
+            "built for sm_80, off by default (LLAVA_ST_CUTLASS=1 turns it on), never executed",
+        ),
+        ([], "not built: nobody wants it"),
+    ],
+    ids=["all", "some", "none"],
+)
+def test_the_library_says_what_it_has(tmp_path, definitions, text):
+    library = tmp_path / "library.so"
+    texts = ('LLAVA_ST_CUTLASS_MISSING="nobody wants it"', 'LLAVA_ST_CUDA_ARCHITECTURES="80-real"')
+    options = [f"-D{definition}" for definition in (*definitions, *texts)]
+    source = _ROOT / "csrc" / "cuda" / "library.cu"
+    subprocess.run(["nvcc", "-shared", "-Xcompiler", "-fPIC", *options, source, "-o", library], check=True)
+    function = ctypes.CDLL(str(library)).llava_st_cutlass
+    function.restype = ctypes.c_char_p
+    assert function().decode() == text
