@@ -11,6 +11,17 @@ namespace llava_st::cuda {
 
 namespace evt = cutlass::epilogue::fusion;
 
+/// Whether a thread's numbers, whose coordinates LAYOUT gives, are pairs of neighbouring channels of a row.
+template <class LAYOUT, int... PAIRS>
+constexpr bool in_pairs(cute::seq<PAIRS...>) {
+  using cute::Int;
+  return ((cute::is_constant<1, decltype(cute::get<1>(LAYOUT{}(Int<2 * PAIRS + 1>{})) -
+                                         cute::get<1>(LAYOUT{}(Int<2 * PAIRS>{})))>::value &&
+           cute::is_constant<0, decltype(cute::get<0>(LAYOUT{}(Int<2 * PAIRS + 1>{})) -
+                                         cute::get<0>(LAYOUT{}(Int<2 * PAIRS>{})))>::value) &&
+          ...);
+}
+
 /// A leaf of the tree: the accumulators with the bias and the positions of their rows.
 struct PositionNode90 {
   struct SharedStorage {};
@@ -62,6 +73,8 @@ struct PositionNode90 {
     template <class Accumulator, int COUNT>
     CUTLASS_DEVICE auto visit(const cutlass::Array<Accumulator, COUNT>& product, int part, int epi_m, int epi_n) {
       const auto of_subtile = coordinates(cute::_, cute::_, cute::_, epi_m, epi_n);
+      using Layout = cute::remove_cvref_t<decltype(of_subtile.layout())>;
+      static_assert(in_pairs<Layout>(cute::make_seq<cute::size(Layout{}) / 2>{}));
       const auto row_of = [&](int i) { return static_cast<int>(cute::get<0>(of_subtile(part * COUNT + i))); };
       const auto channel_of = [&](int i) { return static_cast<int>(cute::get<1>(of_subtile(part * COUNT + i))); };
       const int first_row = afresh(row_of(0));  // or where the rows of all subtiles lie would be kept
