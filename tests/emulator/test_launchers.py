@@ -9,6 +9,7 @@ from tests.emulator.backend import emulated
 from tests.emulator.emulated_lape import random, random_tables
 from tests.emulator.test_emulated_lape_add import Case as LapeCase
 from tests.emulator.test_emulated_lape_scatter import scatter_case
+from tests.emulator.test_emulated_linear_lape_gelu import Case as LinearCase
 from tests.ops.test_errors import BAD_DENSE, BAD_PACKED, CASE, dense, packed
 from tests.ops.test_torch_integration import raw_calls
 
@@ -110,3 +111,49 @@ def test_shapes_of_lape_are_checked(ops):
         ops.lape_add(features, *tables[:2], tables[2][:, :3])
     with pytest.raises(RuntimeError, match="lape_add_packed: grid_thw must be int32 or int64"):
         ops.lape_add_packed(features.flatten(0, 3), *tables, torch.ones(1, 3))
+
+
+# linear_lape_gelu and gelu_linear_gradient ---------------------------------------------------------------------------
+
+LINEAR = LinearCase(1, (2, 3, 5), 8, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.ones(2, 3, 5, 8)}, "features must have 5 dimensions"),
+        ({1: torch.ones(16, 7)}, r"weight must have shape \[16, 8\], got \[16, 7\]"),
+        ({1: torch.ones(16, 8).double()}, "weight must have the dtype of features, float32, got float64"),
+        ({2: torch.ones(15)}, r"bias must have shape \[16\]"),
+        ({2: torch.ones(16).half()}, "bias must have the dtype of temporal"),
+        ({3: torch.ones(3, 16)}, r"temporal must have shape \[2, 16\], got \[3, 16\]"),
+        ({4: torch.ones(3, 15)}, r"height must have shape \[3, 16\]"),
+        ({5: torch.ones(0, 16)}, "width must have at least one row"),
+    ],
+)
+def test_bad_linear_arguments(ops, change, message):
+    arguments = LINEAR.arguments(torch.float32)
+    for place, tensor in change.items():
+        arguments[place] = tensor
+    with pytest.raises(RuntimeError, match=f"linear_lape_gelu: {message}"):
+        ops.linear_lape_gelu(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([(6, 4), (4, 8), (6,)], r"preactivation must have 2 dimensions"),
+        ([(6, 4), (4, 7), (6, 8)], r"weight must have shape \[4, 8\]"),
+        ([(5, 4), (4, 8), (6, 8)], r"grad_output must have shape \[6, 4\]"),
+    ],
+)
+def test_bad_gelu_gradient_arguments(ops, arguments, message):
+    with pytest.raises(RuntimeError, match=f"gelu_linear_gradient: {message}"):
+        ops.gelu_linear_gradient(*(torch.ones(shape) for shape in arguments))
+
+
+def test_float64_has_no_kernel_for_an_mlp(ops):
+    with pytest.raises(RuntimeError, match="features must be float32, bfloat16 or float16 on a CUDA device"):
+        ops.linear_lape_gelu(*LINEAR.arguments(torch.float64))
+    with pytest.raises(RuntimeError, match="preactivation must be float32, bfloat16 or float16 on a CUDA device"):
+        ops.gelu_linear_gradient(*[torch.ones(2, 2).double()] * 3)
