@@ -157,3 +157,17 @@ def test_float64_has_no_kernel_for_an_mlp(ops):
         ops.linear_lape_gelu(*LINEAR.arguments(torch.float64))
     with pytest.raises(RuntimeError, match="preactivation must be float32, bfloat16 or float16 on a CUDA device"):
         ops.gelu_linear_gradient(*[torch.ones(2, 2).double()] * 3)
+
+
+def test_preactivations_beyond_32_bits(ops):
+    """Rows more than 2^31 elements apart; only the pages that are touched take memory."""
+    far = 2**31 + 8
+    try:
+        memory = torch.empty(far + 8, dtype=torch.bfloat16)
+    except RuntimeError as error:
+        pytest.skip(f"no address space: {error}")
+    x = random(2, 8, dtype=torch.bfloat16)
+    apart = memory.as_strided((2, 8), (far, 1)).copy_(x)
+    factors = random(2, 4, dtype=torch.bfloat16), random(4, 8, dtype=torch.bfloat16)
+    results = ops.gelu_linear_gradient(*factors, apart)
+    assert all(torch.equal(a, b) for a, b in zip(results, ops.gelu_linear_gradient(*factors, x), strict=True))
