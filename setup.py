@@ -3,6 +3,8 @@
 Environment:
     LLAVA_ST_CUDA        auto (default: where nvcc is found and works), on, off
     LLAVA_ST_CUDA_ARCHS  CUDA architectures in CMake's terms, such as "80-real;90a-real;80-virtual"
+    LLAVA_ST_CUTLASS_DIR folder in whose include/ CUTLASS's headers are, or off (default: that of nvidia-cutlass, where
+                         it is installed)
     LLAVA_ST_NATIVE      on (default), off: a package of Python alone
     MAX_JOBS             parallel compile jobs
 """
@@ -10,6 +12,8 @@ Environment:
 from __future__ import annotations
 
 import functools
+import importlib.metadata
+import importlib.util
 import os
 import re
 import runpy
@@ -108,6 +112,30 @@ def cuda_version() -> str | None:
     return None
 
 
+@functools.cache
+def cutlass_folder() -> str:
+    """Folder in whose `include` CUTLASS's headers are, `off`, or nothing where there are none."""
+    if folder := os.environ.get("LLAVA_ST_CUTLASS_DIR"):
+        return folder
+    package = importlib.util.find_spec("cutlass_library")
+    source = Path(package.origin).parent / "source" if package is not None and package.origin else None
+    if source is None or not (source / "include" / "cutlass").is_dir():
+        notice("no products by CUTLASS, which are off by default; `pip install nvidia-cutlass` has its headers")
+        return ""
+    return str(source)
+
+
+def cutlass_license() -> Path | None:
+    """CUTLASS's license, which has to go along with what was compiled from its headers."""
+    try:
+        packaged = importlib.metadata.files("nvidia-cutlass") or []
+    except importlib.metadata.PackageNotFoundError:
+        packaged = []
+    candidates = [Path(cutlass_folder()) / "LICENSE.txt"]  # of a checkout
+    candidates += [Path(file.locate()) for file in packaged if file.name == "LICENSE.txt"]
+    return next((path for path in candidates if path.is_file()), None)
+
+
 def version() -> str:
     """Which native libraries a wheel holds is part of its version: `+cu130`, `+cpu`, or nothing."""
     public = runpy.run_path(str(ROOT / "llava_st_ops" / "version.py"))["__version__"]
@@ -134,6 +162,15 @@ class CMakeBuild(build_ext):
             stale.unlink()
         if builds_native():
             subprocess.run([find_tool("cmake"), "--install", str(build), "--strip"], check=True)
+        self._add_license(folder / "CUTLASS-LICENSE.txt")
+
+    def _add_license(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        if not cuda_version() or cutlass_folder() in ("", "off"):
+            return
+        if (license := cutlass_license()) is None:
+            return notice("CUTLASS's license was not found; it has to go along with the CUDA library")
+        shutil.copyfile(license, path)
 
     def _build(self, folder: Path) -> Path:
         build = Path(self.build_temp).absolute() / "cmake"
@@ -151,6 +188,7 @@ class CMakeBuild(build_ext):
         ]
         if cuda_version():
             configure.append(f"-DCMAKE_CUDA_COMPILER={find_nvcc()}")
+            configure.append(f"-DLLAVA_ST_CUTLASS_DIR={cutlass_folder()}")
             if architectures := os.environ.get("LLAVA_ST_CUDA_ARCHS"):
                 configure.append(f"-DLLAVA_ST_CUDA_ARCHS={architectures}")
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)

@@ -34,7 +34,8 @@ set_target_properties(llava_st_cuda PROPERTIES
 target_link_libraries(llava_st_cuda PRIVATE torch_stable torch_cuda)
 target_link_options(llava_st_cuda PRIVATE -Wl,--no-as-needed)
 target_compile_definitions(llava_st_cuda PRIVATE USE_CUDA)
+include(cmake/cutlass.cmake)
 string(REPLACE ";" "," architectures "${LLAVA_ST_CUDA_ARCHS}")  # a shell would end the command at a semicolon
-set_source_files_properties(csrc/cuda/library.cu PROPERTIES
-  COMPILE_DEFINITIONS "LLAVA_ST_CUDA_ARCHITECTURES=\"${architectures}\"")
+set_source_files_properties(csrc/cuda/library.cu PROPERTIES COMPILE_DEFINITIONS
+  "LLAVA_ST_CUDA_ARCHITECTURES=\"${architectures}\";LLAVA_ST_CUTLASS_MISSING=\"${LLAVA_ST_CUTLASS_MISSING}\"")
 install(TARGETS llava_st_cuda LIBRARY DESTINATION .)

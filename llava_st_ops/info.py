@@ -47,6 +47,7 @@ def _library_lines() -> list[str]:
         runtime = library.CUDA.number("llava_st_cuda_runtime_version")
         lines.append(f"        CUDA {runtime // 1000}.{runtime % 1000 // 10}")
         lines.append(f"        architectures: {library.CUDA.text('llava_st_cuda_architectures')}")
+        lines.append(f"        CUTLASS: {library.CUDA.text('llava_st_cutlass')}")
     return lines
 
 

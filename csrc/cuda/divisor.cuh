@@ -27,9 +27,14 @@ struct Divisor {
   /// n / divisor for n >= 0.
   LLAVA_ST_DEVICE int64_t quotient(int64_t n) const {
     if (multiplier != 0 && n < kLimit) {
-      return static_cast<int64_t>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * multiplier >> shift);
+      return small_quotient(static_cast<int>(n));
     }
     return n / divisor;
+  }
+
+  /// The same where n and the divisor are below 2^31, without the code of a division for where they are not.
+  LLAVA_ST_DEVICE int small_quotient(int n) const {
+    return static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * multiplier >> shift);
   }
 
  private:

@@ -88,7 +88,8 @@ def narrow_accesses(kernel: Kernel, integers: int) -> list[str]:
 def test_every_architecture_has_every_kernel(kernels):
     names = defaultdict(set)
     for kernel in kernels:
-        names[kernel.architecture].add(kernel.name)
+        if not kernel.name.startswith(("Kernel2<", "device_kernel<")):  # CUTLASS's: see test_cutlass.py
+            names[kernel.architecture].add(kernel.name)
     everything = set().union(*names.values())
     assert {name.partition("<")[0] for name in everything} >= {"attention_forward", "attention_backward"}
     assert all(found == everything for found in names.values())

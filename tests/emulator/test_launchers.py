@@ -11,6 +11,7 @@ from tests.emulator.backend import emulated
 from tests.emulator.emulated_lape import random, random_tables
 from tests.emulator.test_emulated_lape_add import Case as LapeCase
 from tests.emulator.test_emulated_lape_scatter import scatter_case
+from tests.emulator.test_emulated_linear_lape_gelu import Case as LinearCase
 from tests.emulator.test_emulated_normalized_attention import Case as NormalizedCase
 from tests.ops.test_errors import BAD_DENSE, BAD_PACKED, CASE, dense, packed
 from tests.ops.test_torch_integration import raw_calls
@@ -170,3 +171,63 @@ def test_opcheck_of_normalized_attention(ops, dtype):
     torch.library.opcheck(ops.normalized_region_attention.default, (*inputs, [1, 3, 3], 1e-5))
     grad_output, *inputs = (x.detach() for x in (inputs[0], *inputs))
     torch.library.opcheck(ops.normalized_region_attention_backward.default, (grad_output, *inputs, [1, 3, 3], 1e-5))
+
+
+# linear_lape_gelu and gelu_linear_gradient ---------------------------------------------------------------------------
+
+LINEAR = LinearCase(1, (2, 3, 5), 8, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.ones(2, 3, 5, 8)}, "features must have 5 dimensions"),
+        ({1: torch.ones(16, 7)}, r"weight must have shape \[16, 8\], got \[16, 7\]"),
+        ({1: torch.ones(16, 8).double()}, "weight must have the dtype of features, float32, got float64"),
+        ({2: torch.ones(15)}, r"bias must have shape \[16\]"),
+        ({2: torch.ones(16).half()}, "bias must have the dtype of temporal"),
+        ({3: torch.ones(3, 16)}, r"temporal must have shape \[2, 16\], got \[3, 16\]"),
+        ({4: torch.ones(3, 15)}, r"height must have shape \[3, 16\]"),
+        ({5: torch.ones(0, 16)}, "width must have at least one row"),
+    ],
+)
+def test_bad_linear_arguments(ops, change, message):
+    arguments = LINEAR.arguments(torch.float32)
+    for place, tensor in change.items():
+        arguments[place] = tensor
+    with pytest.raises(RuntimeError, match=f"linear_lape_gelu: {message}"):
+        ops.linear_lape_gelu(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([(6, 4), (4, 8), (6,)], r"preactivation must have 2 dimensions"),
+        ([(6, 4), (4, 7), (6, 8)], r"weight must have shape \[4, 8\]"),
+        ([(5, 4), (4, 8), (6, 8)], r"grad_output must have shape \[6, 4\]"),
+    ],
+)
+def test_bad_gelu_gradient_arguments(ops, arguments, message):
+    with pytest.raises(RuntimeError, match=f"gelu_linear_gradient: {message}"):
+        ops.gelu_linear_gradient(*(torch.ones(shape) for shape in arguments))
+
+
+def test_float64_has_no_kernel_for_an_mlp(ops):
+    with pytest.raises(RuntimeError, match="features must be float32, bfloat16 or float16 on a CUDA device"):
+        ops.linear_lape_gelu(*LINEAR.arguments(torch.float64))
+    with pytest.raises(RuntimeError, match="preactivation must be float32, bfloat16 or float16 on a CUDA device"):
+        ops.gelu_linear_gradient(*[torch.ones(2, 2).double()] * 3)
+
+
+def test_preactivations_beyond_32_bits(ops):
+    """Rows more than 2^31 elements apart; only the pages that are touched take memory."""
+    far = 2**31 + 8
+    try:
+        memory = torch.empty(far + 8, dtype=torch.bfloat16)
+    except RuntimeError as error:
+        pytest.skip(f"no address space: {error}")
+    x = random(2, 8, dtype=torch.bfloat16)
+    apart = memory.as_strided((2, 8), (far, 1)).copy_(x)
+    factors = random(2, 4, dtype=torch.bfloat16), random(4, 8, dtype=torch.bfloat16)
+    results = ops.gelu_linear_gradient(*factors, apart)
+    assert all(torch.equal(a, b) for a, b in zip(results, ops.gelu_linear_gradient(*factors, x), strict=True))

@@ -42,7 +42,7 @@ _TESTS = {
     "cuda/point_to_region_attention/": _ATTENTION,
     "cuda/lape_add/": _ADD,
     "cuda/lape_scatter/": _SCATTER,
-    "cuda/linear_lape_gelu/": ("tests/emulator/test_emulated_linear_lape_gelu.py",),
+    "cuda/linear_lape_gelu/": ("tests/emulator/test_emulated_linear_lape_gelu.py", "tests/emulator/test_launchers.py"),
     "cuda/normalized_region_attention/": ("tests/emulator/test_emulated_normalized_attention.py",),
     "cuda/coordinate_cross_entropy/": ("tests/ops/test_coordinate_cross_entropy.py",),
     "cuda/propagate_to_neighbors/": ("tests/ops/test_neighboring_token_propagation.py",),

@@ -67,7 +67,7 @@ LLAVA_ST_DEVICE void finish_run(const PositionGeluArguments<typename L::Element>
 }
 
 template <class L>
-LLAVA_ST_GLOBAL void LLAVA_ST_LAUNCH_BOUNDS(kGeluThreads, 3)
+LLAVA_ST_GLOBAL void LLAVA_ST_LAUNCH_BOUNDS(kGeluThreads, 2)
     position_gelu(const PositionGeluArguments<typename L::Element> arguments) {
   const int64_t packets = arguments.by_packets.divisor, runs = arguments.by_runs.divisor;
   const int64_t count = arguments.lines * runs * packets;

@@ -1,12 +1,12 @@
-// linear_lape_gelu and gelu_linear_gradient on CUDA: a matrix product by torch (cuBLAS) and a kernel behind it.
+// linear_lape_gelu and gelu_linear_gradient on CUDA: a matrix product by torch (cuBLAS) and a kernel behind it, or
+// where that was chosen, all in one product by CUTLASS.
 #include <algorithm>
 
-#include "../../lape_mlp_call.h"
 #include "../element_types.h"
-#include "../host.h"
-#include "../operand.cuh"
 #include "backward.cuh"
+#include "cutlass/fused.h"
 #include "forward.cuh"
+#include "tables.h"
 
 namespace llava_st {
 namespace {
@@ -19,13 +19,6 @@ constexpr int kVector = sizeof(cuda::Words) / sizeof(T);
 
 cuda::LaunchShape shape_for(int64_t threads, int threads_per_block, void* stream) {
   return {smaller(ceil_div(threads, threads_per_block), cuda::max_blocks()), threads_per_block, stream};
-}
-
-/// A table, or the bias, in float, contiguous and aligned for packets of sixteen bytes.
-Tensor float_table(const Tensor& table) {
-  const Tensor rows = torch::stable::contiguous(torch::stable::to(table, ScalarType::Float));
-  const bool fits = cuda::aligned(static_cast<const float*>(rows.const_data_ptr()), kVector<float>);
-  return fits ? rows : torch::stable::clone(rows);
 }
 
 // Forward -------------------------------------------------------------------------------------------------------------
@@ -46,9 +39,8 @@ void launch_position_gelu(cuda::PositionGeluArguments<typename L::Element> argum
 }
 
 /// Adds bias and positions to the product, which lies where `preactivation` is to be, or `activation` if null.
-void finish_forward(const char* op, const LinearCall& call, Tensor* preactivation, Tensor& activation, void* stream) {
-  const Tensor bias = float_table(call.bias), temporal = float_table(call.tables.temporal),
-               height = float_table(call.tables.height), width = float_table(call.tables.width);
+void finish_forward(const char* op, const LinearCall& call, const FloatPositions& positions, Tensor* preactivation,
+                    Tensor& activation, void* stream) {
   with_element(op, {"features", call.features}, [&](auto element) {
     using T = decltype(element);
     cuda::PositionGeluArguments<T> arguments = {};
@@ -56,10 +48,10 @@ void finish_forward(const char* op, const LinearCall& call, Tensor* preactivatio
     arguments.product = product;
     arguments.preactivation = preactivation ? product : nullptr;
     arguments.activation = preactivation ? cuda::result_data<T>(activation) : product;
-    arguments.bias = cuda::input_data<float>(bias);
-    arguments.temporal = cuda::input_data<float>(temporal);
-    arguments.height = cuda::input_data<float>(height);
-    arguments.width = cuda::input_data<float>(width);
+    arguments.bias = cuda::input_data<float>(positions.bias);
+    arguments.temporal = cuda::input_data<float>(positions.temporal);
+    arguments.height = cuda::input_data<float>(positions.height);
+    arguments.width = cuda::input_data<float>(positions.width);
     arguments.channels = call.channels();
     arguments.columns = call.grid.w;
     arguments.lines = call.samples * call.grid.t * call.grid.h;
@@ -85,9 +77,13 @@ std::tuple<Tensor, Tensor> linear_lape_gelu(const Tensor& features, const Tensor
   Tensor preactivation =
       allocate(op, "the preactivation", keep_preactivation ? call.shape() : std::vector<int64_t>{0}, features);
   if (activation.numel() == 0) return {activation, preactivation};
-  Tensor product = torch::stable::view(keep_preactivation ? preactivation : activation, {call.rows(), call.channels()});
-  multiply(call.features, transposed(weight), product);
-  finish_forward(op, call, keep_preactivation ? &preactivation : nullptr, activation, device.stream);
+  Tensor* const kept = keep_preactivation ? &preactivation : nullptr;
+  const FloatPositions positions(call);
+  if (!fused_forward(op, call, positions, kept, activation, device.stream)) {
+    Tensor product = torch::stable::view(kept ? preactivation : activation, {call.rows(), call.channels()});
+    multiply(call.features, transposed(weight), product);
+    finish_forward(op, call, positions, kept, activation, device.stream);
+  }
   return {activation, preactivation};
 }
 
@@ -132,8 +128,10 @@ std::tuple<Tensor, Tensor> gelu_linear_gradient(const Tensor& grad_output, const
   Tensor gradient = allocate(op, "the gradient of the preactivation", shape, preactivation);
   Tensor activation = allocate(op, "the activation", shape, preactivation);
   if (gradient.numel() == 0) return {gradient, activation};
-  multiply(grad_output, weight, gradient);
-  finish_gradient(op, preactivation, gradient, activation, device.stream);
+  if (!fused_backward(op, grad_output, weight, preactivation, gradient, activation, device.stream)) {
+    multiply(grad_output, weight, gradient);
+    finish_gradient(op, preactivation, gradient, activation, device.stream);
+  }
   return {gradient, activation};
 }
 

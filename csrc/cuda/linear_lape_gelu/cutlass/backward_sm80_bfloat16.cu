@@ -1,0 +1,6 @@
+// An instantiation by itself, so that the build runs in parallel.
+#include "sm80.cuh"
+
+const char* llava_st::cuda::multiply_sm80(const BackwardProduct<BFloat16>& product, void* stream) {
+  return backward_sm80(product, stream);
+}

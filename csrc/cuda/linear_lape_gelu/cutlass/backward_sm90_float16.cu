@@ -1,0 +1,6 @@
+// An instantiation by itself, so that the build runs in parallel.
+#include "sm90.cuh"
+
+const char* llava_st::cuda::multiply_sm90(const BackwardProduct<Float16>& product, int multiprocessors, void* stream) {
+  return backward_sm90(product, multiprocessors, stream);
+}
