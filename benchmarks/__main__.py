@@ -21,6 +21,7 @@ from .cases import select_cases
 from .clip import Clip, default_clip, open_clip
 from .environment import HUGE_PAGE_VARIABLE, ROOT, describe
 from .measure import Rounds, make_timer
+from .path_workloads import path_cases, path_workload
 from .peers import available_backends
 from .position_workloads import builders
 from .runner import Settings, run
@@ -62,11 +63,18 @@ def _workloads(options: argparse.Namespace, clip: Clip, device: torch.device) ->
         for name, (build, on_huge_pages) in builders(device).items()
         if (options.fragment is None or on_huge_pages) and not (options.quick and "backward" in name)
     ]
-    # Matrix products fill the packer's time on a CPU: what pages its results lie on makes no difference to speak of.
+    # Matrix products fill the packers' time on a CPU: what pages its results lie on makes no difference to speak of.
     if options.fragment is None:
         found += [
             (f"packer, {mode}", lambda mode=mode: packer_workload(mode, clip, device, dtype))
             for mode in (("forward",) if options.quick else ("forward", "forward+backward"))
+        ]
+        found += [
+            (
+                f"path {frames} frames, {mode}",
+                lambda frames=frames, mode=mode: path_workload(frames, mode, clip, device),
+            )
+            for frames, mode in path_cases(device, options.quick)
         ]
     return [(name, build) for name, build in found if options.only in name]
 

@@ -132,9 +132,12 @@ def packer_workload(mode: str, clip: Clip, device: torch.device, dtype: torch.dt
         "which a CPU can afford"
     )
     published = packer_published.seeded(visual_dim, embed_dim, HEADS)
-    ours = llava_st_ops.nn.SpatialTemporalPacker(visual_dim, embed_dim, HEADS)
-    ours.load_state_dict(published.state_dict())
-    published, ours = published.to(device, dtype), ours.to(device, dtype)
+    ours = {}
+    for execution in ("folded", "direct"):
+        packer = llava_st_ops.nn.SpatialTemporalPacker(visual_dim, embed_dim, HEADS, execution=execution)
+        packer.load_state_dict(published.state_dict())
+        ours[f"llava_st_ops.nn packer, {execution}"] = packer.to(device, dtype)
+    published = published.to(device, dtype)
     backward = mode != "forward"
     features = patch_features(clip, frames, visual_dim, device).to(dtype).requires_grad_(backward)
     generator = torch.Generator().manual_seed(5)
@@ -170,7 +173,7 @@ def packer_workload(mode: str, clip: Clip, device: torch.device, dtype: torch.dt
     return Workload(
         description=description,
         contenders=[
-            Contender("llava_st_ops.nn packer", "ours", call(ours, features, grads)),
+            *(Contender(name, "ours", call(packer, features, grads)) for name, packer in ours.items()),
             Contender(baseline, "peer", call(published, features, grads)),
         ],
         truth=truth,

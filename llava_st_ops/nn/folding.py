@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn.functional import gelu, layer_norm, linear
 
 from ..ops import lape_mlp, normalized_region_attention
@@ -163,8 +164,8 @@ class Kept:
     def get(self, parameters: Sequence[Tensor], compute: Callable[[], Any]) -> Any:
         """`compute()`, or what it gave before; anew, and in the graph, where a gradient may be wanted."""
         wanted = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
-        # A tensor made in inference mode has no version; and compiled code cannot look at one.
-        if wanted or torch.compiler.is_compiling() or any(parameter.is_inference() for parameter in parameters):
+        # A tensor made in inference mode has no version, a fake one no memory, and compiled code can look at neither.
+        if wanted or torch.compiler.is_compiling() or any(p.is_inference() or is_fake(p) for p in parameters):
             return compute()
         device = parameters[0].device.type
         key = [(p.data_ptr(), p._version, p.dtype, p.device, p.shape, p.stride()) for p in parameters]
