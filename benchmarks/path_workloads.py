@@ -66,7 +66,9 @@ def path_workload(frames: int, mode: str, clip: Clip, device: torch.device) -> W
 
     def contender(name: str, role: str, module: nn.Module, run: object = None) -> Contender:
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        return Contender(name, role, call_of(run or module, [features], trained, grads if backward else None))
+        return Contender(
+            name, role, call_of(module if run is None else run, [features], trained, grads if backward else None)
+        )
 
     def truth() -> dict[str, Tensor]:
         # Gradients are timed; compared are the results. (In float64 the whole of it takes minutes.)
