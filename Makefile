@@ -35,8 +35,9 @@ bench: env
 mutate: env
 	$(BIN)/python -m tests.mutation $(MUTATE_ARGS)
 
-# The CUDA library, for all architectures, into the checkout. Needs nvcc, not a GPU.
+# The CUDA library, for all architectures, into the checkout. Needs nvcc, not a GPU. (Of CUTLASS, the headers alone.)
 cuda: env
+	$(BIN)/pip install --quiet --no-deps nvidia-cutlass
 	LLAVA_ST_CUDA=on $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 
 lint: env

@@ -74,7 +74,7 @@ def _workloads(options: argparse.Namespace, clip: Clip, device: torch.device) ->
                 f"path {frames} frames, {mode}",
                 lambda frames=frames, mode=mode: path_workload(frames, mode, clip, device),
             )
-            for frames, mode in path_cases(device, options.quick)
+            for frames, mode in ([] if options.quick else path_cases(device, options.only.startswith("path")))
         ]
     return [(name, build) for name, build in found if options.only in name]
 

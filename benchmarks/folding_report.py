@@ -72,17 +72,7 @@ def time_table(read: Sequence[tuple[str, Record]]) -> str:
     for name, record in read:
         environment = record["environment"]
         rows = [row for case in record["cases"] if case["kind"] == "path" for row in _time_rows(record, case)]
-        header = [
-            "case",
-            "way",
-            "median, s",
-            "p10..p90",
-            "x eager",
-            "x compiled",
-            "GFLOP/s",
-            "of the product's",
-            "peak, MiB",
-        ]
+        header = ["case", "way", "median, s", "p10..p90", "x eager", "x compiled", "GFLOP/s", "of the product's"]
         parts.append(
             f"**{environment['device']}**, {environment['cpu']['torch_threads']} threads, load average at the start "
             f"{environment['cpu']['load_average_1min']:.1f}, torch {environment['versions']['torch']}, commit "

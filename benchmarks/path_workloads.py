@@ -22,13 +22,14 @@ YARDSTICK = "matrix product"
 MODES = ("forward", "forward+backward")
 
 
-def path_cases(device: torch.device, quick: bool) -> list[tuple[int, str]]:
-    """Frames and mode: the case of the targets, and the lengths that show how time grows with them."""
+def path_cases(device: torch.device, asked_for: bool) -> list[tuple[int, str]]:
+    """Frames and mode. A call takes seconds on a CPU: all cases, with the lengths that show how time grows with them,
+    run only where they are asked for."""
     if device.type == "cuda":
         lengths, usual = (8, 16, 40, 400, 1600), 100
     else:
         lengths, usual = (5, 30), 15
-    if quick:
+    if not asked_for and device.type != "cuda":
         return [(usual, "forward")]
     return [*((usual, mode) for mode in MODES), *((frames, "forward") for frames in lengths)]
 

@@ -162,8 +162,10 @@ def _plain_sums(x: Tensor, temporal: Tensor, height: Tensor, width: Tensor, _: b
 
 
 def _second_layers(activation: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    layers = zip(activation.chunk(len(weights), -1), weights, biases, strict=True)
-    return tuple(torch.nn.functional.linear(x, weight, bias) for x, weight, bias in layers)
+    # As matrices: of strided rows in more dimensions torch makes a product, and adds the bias apart.
+    parts = activation.flatten(0, -2).chunk(len(weights), -1)
+    layers = zip(parts, weights, biases, strict=True)
+    return tuple(torch.addmm(bias, x, weight.t()).unflatten(0, activation.shape[:-1]) for x, weight, bias in layers)
 
 
 # What torch needs to know --------------------------------------------------------------------------------------------
