@@ -58,7 +58,8 @@ struct NormalizedRows {
       means[j] = sum_of_lanes(sum) / static_cast<S>(dim);
       Vector<T> squares = {};
       for_centered(j, [&](int64_t, Vector<T> x) { squares += x * x; });
-      rstds[j] = 1 / sqrt(sum_of_lanes(squares) / static_cast<S>(dim) + static_cast<S>(eps));
+      const double variance = static_cast<double>(sum_of_lanes(squares)) / static_cast<double>(dim);
+      rstds[j] = static_cast<S>(1 / sqrt(variance + eps));  // sqrt(float) is inline and of the standard library
     }
   }
 
