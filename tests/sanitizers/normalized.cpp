@@ -7,7 +7,7 @@
 // - The mean of a row is off by m = depth u times its largest number, and so is what is less the mean.
 // - The sum of the squares of that is off by the fraction depth u, and by m^2 for each (what is off by m has no mean);
 //   rstd by the fraction r = depth u + m^2 rstd^2.
-// - The normalised row n is off by m rstd + r |n|. The rows of the query side may be centred: as if off by m.
+// - The normalised row n is off by m rstd + r |n|. The rows of the query side are centred: off by m.
 //
 // The kernels' sums follow, each term off by what its factors are off and by `depth u` or the length of the sum.
 #include <algorithm>
@@ -93,20 +93,13 @@ void attend_normalized(const std::vector<size_t>& tokens, const std::vector<size
   // Rows of p and ds as the kernels have them: [head][key].
   std::vector<OffRow> scores(heads), weights(heads), grad_weights(heads), grad_scores(heads);
   for (size_t h = 0; h < heads; ++h) {
-    const double* const query = &in.query[queries[h]];
-    q.push_back(normalize(query, dim, eps, true, depth));
+    q.push_back(normalize(&in.query[queries[h]], dim, eps, true, depth));
     g.push_back(normalize(&in.grad_output[queries[h]], dim, eps, true, depth));
     Real largest = -INFINITY, sum = 0, off = 0;
     for (size_t j = 0; j < keys; ++j) {
-      Off score;  // of the query as it is, whose mean makes it less exact
-      for (size_t d = 0; d < dim; ++d) {
-        score.add(rounded(Off{query[d], q[h].elements[d].off} * k[j].elements[d], depth));
-      }
-      const Off other = inner(q[h].elements, k[j].elements, depth);
-      score.off = std::max(score.off, other.off);
-      scores[h].push_back(score);
+      scores[h].push_back(inner(q[h].elements, k[j].elements, depth));
       grad_weights[h].push_back(inner(g[h].elements, v[j].elements, depth));
-      largest = std::max(largest, score.value);
+      largest = std::max(largest, scores[h][j].value);
     }
     for (const Off& score : scores[h]) {
       sum += std::exp(score.value - largest);
@@ -261,8 +254,12 @@ const std::vector<NormalizedCase> kNormalizedCases = {
 
 void check_normalized() {
   for (const NormalizedCase& a : kNormalizedCases) check_views(a, kViews, 0);
-  // In single precision nothing would be left of these rows; in double a variance from a sum of squares would be off.
-  check_case<double>({{"means of a million", kDense, {{2, 4, 4}}, {2, 2, 2}, 3, 40, 1}, 1e-5, 1e6}, kContiguous);
+  // In single precision nothing would be left of these rows; in double a variance from a sum of
+  // squares would be off, and so would scores of queries that are not centred.
+  for (const double query_mean : {0.0, 1e6}) {
+    const Case shape = {"means of a million", kDense, {{2, 4, 4}}, {2, 2, 2}, 3, 40, 1};
+    check_case<double>({shape, 1e-5, 1e6, query_mean}, kContiguous);
+  }
   int number = 0;
   for (int64_t keys = 1; keys <= 18; ++keys) {
     const int64_t width = keys == 18 ? 40 : keys;
