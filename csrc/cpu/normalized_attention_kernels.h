@@ -5,8 +5,8 @@
 //   grad_weight_hj = g_h . n(v_j),  grad_score_hj = p_hj (grad_weight_hj - sum over j of p grad_weight),
 //   grad_query_h = sum over j of grad_score_hj n(k_j),
 //   grad_key_j = rstd_j (sum over h of grad_score_hj (u_h - mean u_h) - n(k_j) (sum over h of grad_score_hj s_hj) / E),
-// and grad_value_j likewise, from p, g and grad_weight. A head's rows can be centred first: normalised rows have no
-// mean, so no product with them changes.
+// and grad_value_j likewise, from p, g and grad_weight. The rows u_h of the heads are centred first, forward too:
+// normalised rows have no mean but for rounding, which a large mean of a query would multiply.
 #pragma once
 
 #include <math.h>
@@ -58,7 +58,8 @@ struct NormalizedRows {
       means[j] = sum_of_lanes(sum) / static_cast<S>(dim);
       Vector<T> squares = {};
       for_centered(j, [&](int64_t, Vector<T> x) { squares += x * x; });
-      rstds[j] = 1 / sqrt(sum_of_lanes(squares) / static_cast<S>(dim) + static_cast<S>(eps));
+      const double variance = static_cast<double>(sum_of_lanes(squares)) / static_cast<double>(dim);
+      rstds[j] = static_cast<S>(1 / sqrt(variance + eps));  // sqrt(float) is inline and of the standard library
     }
   }
 
@@ -155,13 +156,12 @@ struct NormalizedRegion {
     return rows;
   }
 
-  /// The heads' rows of the query side, widened; centred if wanted.
-  LLAVA_ST_INLINE void widen_heads(const Operand& operand, bool centered, S* wide) const {
+  /// The heads' rows of the query side, widened and centred.
+  LLAVA_ST_INLINE void widen_heads(const Operand& operand, S* wide) const {
     const auto tokens = strip.queries_of<const T>(problem.attention, operand);
     for (int64_t h = 0; h < heads; ++h) {
       S* const row = wide + h * stride;
       widen(tokens.first + h * tokens.strides.head, S{1}, dim, row);
-      if (!centered) continue;
       Vector<T> sum = {};
       for (int64_t d = 0; d < stride; d += kLanes) sum += load(row + d);
       const S mean = sum_of_lanes(sum) / static_cast<S>(dim);
@@ -191,7 +191,7 @@ bool normalized_forward(const NormalizedProblem& problem, const cpu::ForwardOper
     for (int64_t query = begin; query < end; ++query) {
       const NormalizedRegion<T> region(problem, query);
       const ScoreRows<S> weights = {scratch.weights(), heads, region.strip.stride()};
-      region.widen_heads(operands.query, false, wide);
+      region.widen_heads(operands.query, wide);
       const auto keys = region.rows(operands.key, statistics);
       keys.dot(wide, region.stride, heads, weights);
       softmax(weights, [&](int64_t) { return keys.count; });
@@ -234,8 +234,8 @@ bool normalized_backward(const NormalizedProblem& problem, const cpu::BackwardOp
         return ScoreRows<S>{scratch.weights() + i * scores, heads, region.strip.stride()};
       };
       const auto products = matrix(0), weights = matrix(1), grad_weights = matrix(2), grad_scores = matrix(3);
-      region.widen_heads(operands.query, true, query);
-      region.widen_heads(operands.grad_output, true, grad);
+      region.widen_heads(operands.query, query);
+      region.widen_heads(operands.grad_output, grad);
       const auto keys = region.rows(operands.key, statistics);
       const auto values = region.rows(operands.value, statistics + 2 * largest);
       const auto length = [&](int64_t) { return keys.count; };

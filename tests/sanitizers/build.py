@@ -30,7 +30,9 @@ _KERNELS = {  # the slowest to compile come first
     _CSRC / "cpu" / "position_baseline.cpp": (),
     _CSRC / "cpu" / "position_avx2.cpp": _AVX2_FLAGS,
 }
-_DRIVER = tuple(_HERE / f"{name}.cpp" for name in ("cpu_kernels", "geometry", "neighbors", "positions"))
+_DRIVER = tuple(
+    _HERE / f"{name}.cpp" for name in ("cpu_kernels", "normalized", "geometry", "neighbors", "positions", "gelu")
+)
 
 
 class MissingRuntimeError(Exception):

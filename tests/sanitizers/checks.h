@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <string>
 
+#include "cpu/parallel_loop.h"
+
 namespace llava_st::tests {
 
 /// What is being checked, for the message of a failure.
@@ -28,5 +30,15 @@ void check_neighbors();
 
 /// Checks the kernels of LAPE and the coordinate loss.
 void check_positions();
+
+/// Checks the GELU behind a linear layer and its gradient.
+void check_gelu();
+/// Whether it reports that there is no memory for rows too long for any.
+bool gelu_without_memory(const cpu::ParallelLoop& loop);
+
+/// Checks attention over normalised keys and values.
+void check_normalized();
+/// Whether both passes report that there is no memory for regions too large for any.
+bool normalized_without_memory(const cpu::ParallelLoop& loop);
 
 }  // namespace llava_st::tests

@@ -7,17 +7,14 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/instruction_set.h"
+#include "attention_runs.h"
 #include "reference.h"
-#include "tensors.h"
-#include "threads.h"
 
 namespace llava_st::tests {
 namespace {
 
 using cpu::AttentionKernels;
 using cpu::AttentionProblem;
-using cpu::Element;
 using cpu::LoopBody;
 using cpu::ParallelLoop;
 
@@ -29,18 +26,6 @@ void deal_twice(int64_t n, LoopBody body, void* context) {
 }
 
 // Correctness ---------------------------------------------------------------------------------------------------------
-
-template <class T>
-constexpr Element kElement = cpu::kElements;
-template <>
-constexpr Element kElement<float> = cpu::kFloat;
-template <>
-constexpr Element kElement<double> = cpu::kDouble;
-template <>
-constexpr Element kElement<BFloat16> = cpu::kBFloat16;
-template <>
-constexpr Element kElement<Float16> = cpu::kFloat16;
-constexpr const char* kElementNames[] = {"float32", "float64", "bfloat16", "float16"};
 
 /// Random numbers that are numbers of type T, so that only what is computed from them is rounded.
 template <class T>
@@ -56,56 +41,18 @@ Inputs random_inputs(const Case& a, const Layout& layout) {
   return {numbers(rows.query), numbers(rows.key), numbers(rows.key), numbers(rows.query)};
 }
 
-template <class T>
-void fill(Tensor<T>& tensor, const std::vector<double>& numbers) {
-  tensor.for_elements([&](size_t i, T& element) { element = static_cast<T>(numbers[i]); });
-}
-
-template <class T>
-void check_close(const char* name, Tensor<T>& actual, const Expected& expected) {
-  constexpr Precision precision = kPrecision<T>;
-  actual.for_elements([&](size_t i, T& element) {
-    const Real got = static_cast<double>(element), want = expected.value[i], off = expected.error[i];
-    const Real allowed = off + precision.unit * (std::fabs(want) + off) + precision.tiny;
-    if (std::fabs(got - want) <= allowed) return;  // not of NaN
-    fail(std::string(name) + "[" + std::to_string(i) + "] is " + std::to_string(got) + " instead of " +
-         std::to_string(want) + ", allowed to be off by " + std::to_string(allowed));
-  });
-}
-
-/// Both passes in every loop: the first one's results against `expected`, the others' against its own.
+/// Both passes in every loop.
 template <class T>
 int64_t check_kernels(const AttentionKernels& kernels, const AttentionProblem& problem, Tensors<T>& tensors,
                       const Results& expected, const std::string& what) {
-  Tensor<T>* const results[] = {&tensors.output, &tensors.grad_query, &tensors.grad_key, &tensors.grad_value};
-  const Expected* const wanted[] = {&expected.output, &expected.grad_query, &expected.grad_key, &expected.grad_value};
-  constexpr const char* kNames[] = {"output", "grad_query", "grad_key", "grad_value"};
-  std::vector<char> first[4];
-  int64_t runs = 0;
-  for (const auto& [loop_name, loop] : kLoops) {
-    current = what + ", " + kernels.instruction_set + ", " + loop_name;
-    for (Tensor<T>* const result : results) result->fill_with_nan();
+  const std::vector<Written<T>> results = {{"output", tensors.output, expected.output},
+                                           {"grad_query", tensors.grad_query, expected.grad_query},
+                                           {"grad_key", tensors.grad_key, expected.grad_key},
+                                           {"grad_value", tensors.grad_value, expected.grad_value}};
+  return check_in_every_loop(results, what + ", " + kernels.instruction_set, [&](const ParallelLoop& loop) {
     check(kernels.forward[kElement<T>](problem, tensors.forward(), loop), "the forward pass had no memory");
     check(kernels.backward[kElement<T>](problem, tensors.backward(), loop), "the backward pass had no memory");
-    for (int i = 0; i < 4; ++i) {
-      if (runs == 0) {
-        check_close(kNames[i], *results[i], *wanted[i]);
-        first[i] = results[i]->contents();
-        if (!results[i]->untouched_between_rows()) fail(std::string(kNames[i]) + " is written beside its rows");
-      } else if (results[i]->contents() != first[i]) {
-        fail(std::string(kNames[i]) + " is not the same as with " + kLoops[0].name);
-      }
-    }
-    ++runs;
-  }
-  return runs;
-}
-
-/// The portable kernels and, where this processor has them, those that torch would use.
-std::vector<const AttentionKernels*> instruction_sets() {
-  std::vector<const AttentionKernels*> sets = {&cpu::baseline_attention_kernels()};
-  if (&cpu::attention_kernels() != sets[0]) sets.push_back(&cpu::attention_kernels());
-  return sets;
+  });
 }
 
 template <class T>
@@ -135,6 +82,8 @@ int check_everything() {
   const int64_t grids = check_geometry();
   check_neighbors();
   check_positions();
+  check_gelu();
+  check_normalized();
   for (const Case& a : kCases) {
     runs += check_case<float>(a) + check_case<double>(a) + check_case<BFloat16>(a) + check_case<Float16>(a);
   }
@@ -178,6 +127,8 @@ int do_wrong(const std::string& fault) {
     backward = true;
   } else if (fault == "memory") {
     problem.largest_region = int64_t{1} << 48;  // no fault: all threads find that there is no scratch memory for it
+    check(normalized_without_memory(loop), "attention over normalised keys found memory");
+    check(gelu_without_memory(loop), "the GELU found memory");
   } else if (fault != "nothing") {
     std::fprintf(stderr, "no such fault: %s\n", fault.c_str());
     return 2;

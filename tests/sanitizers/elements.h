@@ -4,6 +4,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+
+#include "cpu/parallel_loop.h"
 
 namespace llava_st::tests {
 
@@ -30,7 +33,11 @@ struct Float16 {
   uint16_t bits;
 
   Float16() = default;
-  explicit Float16(double value) {  // of values that it holds as normal numbers; less is zero
+  explicit Float16(double value) {  // of values that it holds as normal numbers, infinity or NaN; less is zero
+    if (!std::isfinite(value)) {
+      bits = std::isnan(value) ? 0x7e00 : value < 0 ? 0xfc00 : 0x7c00;
+      return;
+    }
     int exponent;
     const double fraction = std::frexp(std::fabs(value), &exponent);  // in [1/2, 1)
     const auto mantissa = static_cast<uint16_t>(std::ldexp(fraction, 11));
@@ -44,6 +51,22 @@ struct Float16 {
     return bits & 0x8000 ? -magnitude : magnitude;
   }
 };
+
+/// Which of the kernels are for elements of type T, and what they are computed in.
+template <class T>
+constexpr cpu::Element kElement = cpu::kElements;
+template <>
+constexpr cpu::Element kElement<float> = cpu::kFloat;
+template <>
+constexpr cpu::Element kElement<double> = cpu::kDouble;
+template <>
+constexpr cpu::Element kElement<BFloat16> = cpu::kBFloat16;
+template <>
+constexpr cpu::Element kElement<Float16> = cpu::kFloat16;
+inline constexpr const char* kElementNames[] = {"float32", "float64", "bfloat16", "float16"};
+
+template <class T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 /// `unit`: half the distance from 1 to the next number; `computing`: that of the type that the kernels compute in.
 /// `tiny`: the largest error where results are subnormal, or vanish.

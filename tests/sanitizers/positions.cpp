@@ -8,44 +8,13 @@
 #include "checks.h"
 #include "cpu/instruction_set.h"
 #include "elements.h"
+#include "matrix.h"
 #include "threads.h"
 
 namespace llava_st::tests {
 namespace {
 
 using cpu::PositionKernels;
-
-template <class T>
-constexpr cpu::Element kElement;
-template <>
-constexpr cpu::Element kElement<float> = cpu::kFloat;
-template <>
-constexpr cpu::Element kElement<double> = cpu::kDouble;
-template <>
-constexpr cpu::Element kElement<BFloat16> = cpu::kBFloat16;
-template <>
-constexpr cpu::Element kElement<Float16> = cpu::kFloat16;
-
-template <class T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-/// Rows of numbers, `stride` apart, in an allocation that ends with the last. They start as some sine.
-template <class T>
-struct Rows {
-  int64_t rows, channels, stride;
-  std::unique_ptr<T[]> data;
-
-  Rows(int64_t rows, int64_t channels, int64_t gap = 0, double phase = 0)
-      : rows(rows),
-        channels(channels),
-        stride(channels + gap),
-        data(new T[rows > 0 ? (rows - 1) * stride + channels : 0]) {
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t c = 0; c < channels; ++c) at(i, c) = T(std::sin(7.0 * i + 3.0 * c + phase));
-    }
-  }
-  T& at(int64_t row, int64_t channel) const { return data[row * stride + channel]; }
-};
 
 template <class T>
 void expect(const T& actual, double expected, double magnitude, double terms, const char* what) {
@@ -56,7 +25,7 @@ void expect(const T& actual, double expected, double magnitude, double terms, co
 
 /// Row i of a table of rows resized to `size`.
 template <class S>
-double resized(const Rows<S>& table, int64_t i, int64_t size, Alignment alignment, int64_t channel) {
+double resized(const Matrix<S>& table, int64_t i, int64_t size, Alignment alignment, int64_t channel) {
   const auto between = patch_between<double>(i, size, table.rows, alignment);
   return (1 - between.ratio) * table.at(between.low, channel) + between.ratio * table.at(between.high, channel);
 }
@@ -71,12 +40,12 @@ template <class T>
 void check_add(const PositionKernels& kernels, const ParallelLoop& loop, const Problem& p) {
   using S = Wide<T>;
   const int64_t counts[] = {5, 9, 4};
-  const Rows<S> t(counts[0], p.channels), h(counts[1], p.channels, 0, 1), w(counts[2], p.channels, 0, 2);
+  const Matrix<S> t(counts[0], p.channels), h(counts[1], p.channels, 0, 1), w(counts[2], p.channels, 0, 2);
   const cpu::Tables tables = {
       {{t.data.get(), counts[0]}, {h.data.get(), counts[1]}, {w.data.get(), counts[2]}}, p.channels, p.alignment};
   const int64_t tokens = p.samples * p.grid.count();
-  const Rows<T> x(tokens, p.channels, p.gap), y(tokens, p.channels, 0, 5);
-  const auto videos = [&](const Rows<T>& rows) {
+  const Matrix<T> x(tokens, p.channels, p.gap), y(tokens, p.channels, 0, 5);
+  const auto videos = [&](const Matrix<T>& rows) {
     return cpu::Videos{
         rows.data.get(),
         p.samples,
@@ -109,7 +78,7 @@ void check_add(const PositionKernels& kernels, const ParallelLoop& loop, const P
   }
   const std::unique_ptr<S[]> sums(new S[rows * cpu::segment_stride(p.channels)]);
   const int64_t anchors = tables.rows();
-  const Rows<double> result(anchors, p.channels), expected(anchors, p.channels);
+  const Matrix<double> result(anchors, p.channels), expected(anchors, p.channels);
   for (int64_t i = 0; i < anchors * p.channels; ++i) expected.data[i] = 0;
   for (int64_t i = 0; i < tokens; ++i) {
     const int64_t at[] = {i / p.grid.w / p.grid.h % p.grid.t, i / p.grid.w % p.grid.h, i % p.grid.w};
@@ -137,8 +106,8 @@ void check_add(const PositionKernels& kernels, const ParallelLoop& loop, const P
 template <class T>
 void check_scatter(const PositionKernels& kernels, const ParallelLoop& loop, int64_t channels) {
   using S = Wide<T>;
-  const Rows<T> embed(6, channels, 3), visual(4, channels, 1, 9);
-  const Rows<S> t(3, channels), h(2, channels, 0, 1), w(5, channels, 0, 2);
+  const Matrix<T> embed(6, channels, 3), visual(4, channels, 1, 9);
+  const Matrix<S> t(3, channels), h(2, channels, 0, 1), w(5, channels, 0, 2);
   const cpu::Tables tables = {{{t.data.get(), 3}, {h.data.get(), 2}, {w.data.get(), 5}}, channels, Alignment::kCenters};
   const std::vector<int64_t> ids = {5, 0, 7, 15, -1, -1, -1}, index = {-1, -1, -1, -1, -1, -1, 3};
   const std::vector<int8_t> axis = {-1, -1, -1, -1, 0, 2, 9};
@@ -146,7 +115,7 @@ void check_scatter(const PositionKernels& kernels, const ParallelLoop& loop, int
   const auto tokens = static_cast<int64_t>(ids.size());
   const cpu::ScatterSources sources = {embed.data.get(), visual.data.get(), embed.stride, visual.stride,   embed.rows,
                                        ids.data(),       index.data(),      axis.data(),  positions.data()};
-  const Rows<T> output(tokens, channels, 0, 4);
+  const Matrix<T> output(tokens, channels, 0, 4);
   kernels.scatter[kElement<T>](tables, sources, tokens, output.data.get(), loop);
   for (int64_t c = 0; c < channels; ++c) {
     const double at = 0.3 * 2, ratio = at - std::floor(at);
@@ -166,8 +135,8 @@ void check_scatter(const PositionKernels& kernels, const ParallelLoop& loop, int
   const cpu::ScatteredGradient gradient = {
       destination.data(), token.data(),  share.data(), static_cast<int64_t>(token.size()),
       output.data.get(),  output.stride, channels};
-  const Rows<T> narrow(3, channels);
-  const Rows<S> wide(3, channels);
+  const Matrix<T> narrow(3, channels);
+  const Matrix<S> wide(3, channels);
   kernels.gather[kElement<T>](gradient, 1, 3, false, narrow.data.get(), loop);
   kernels.gather[kElement<T>](gradient, 1, 3, true, wide.data.get(), loop);
   for (int64_t row = 0; row < 3; ++row) {
@@ -186,7 +155,7 @@ template <class S>
 void check_loss(const PositionKernels& kernels, const ParallelLoop& loop, int64_t classes) {
   constexpr int which = std::is_same_v<S, double>;
   const int64_t tokens = 5, first = classes / 2;
-  const Rows<S> logits(tokens, classes);
+  const Matrix<S> logits(tokens, classes);
   const std::vector<int64_t> low = {0, classes - 1, -1, first, 0}, high = {0, classes - 1, -1, classes - 1, 0};
   const std::vector<double> ratio = {0, 0, 0, 0.25, 0};
   std::vector<S> largest(tokens, -INFINITY), sum(tokens, 0), target(tokens, 0), total(tokens), grad(tokens, S(0.5));
@@ -194,7 +163,7 @@ void check_loss(const PositionKernels& kernels, const ParallelLoop& loop, int64_
   const auto for_tiles = [&](auto visit) {
     for (const auto& [begin, count] : tiles) {
       if (count == 0) continue;
-      const Rows<S> tile(tokens, count);
+      const Matrix<S> tile(tokens, count);
       for (int64_t i = 0; i < tokens; ++i) {
         for (int64_t c = 0; c < count; ++c) tile.at(i, c) = logits.at(i, begin + c);
       }
@@ -202,7 +171,7 @@ void check_loss(const PositionKernels& kernels, const ParallelLoop& loop, int64_
     }
   };
   const cpu::Targets targets = {low.data(), high.data(), ratio.data()};
-  for_tiles([&](const Rows<S>&, const cpu::Logits& view) {
+  for_tiles([&](const Matrix<S>&, const cpu::Logits& view) {
     kernels.update_statistics[which](view, targets, {largest.data(), sum.data(), target.data()}, loop);
   });
   std::vector<double> exact(tokens, 0);
@@ -214,7 +183,7 @@ void check_loss(const PositionKernels& kernels, const ParallelLoop& loop, int64_
     const double wanted = (1 - ratio[i]) * logits.at(i, low[i]) + ratio[i] * logits.at(i, high[i]);
     expect(target[i], wanted, 1, 4, "a target's logit is off");
   }
-  for_tiles([&](const Rows<S>& tile, const cpu::Logits& view) {
+  for_tiles([&](const Matrix<S>& tile, const cpu::Logits& view) {
     kernels.logit_gradient[which](view, targets, total.data(), grad.data(), loop);
     for (int64_t i = 0; i < tokens; ++i) {
       for (int64_t c = 0; c < tile.channels; ++c) {
@@ -226,9 +195,9 @@ void check_loss(const PositionKernels& kernels, const ParallelLoop& loop, int64_
       }
     }
   });
-  const Rows<S> to(3, classes), from(3, classes, 0, 1);
+  const Matrix<S> to(3, classes), from(3, classes, 0, 1);
   kernels.accumulate[which](to.data.get(), from.data.get(), 3 * classes, loop);
-  const Rows<S> before(3, classes);
+  const Matrix<S> before(3, classes);
   for (int64_t i = 0; i < 3 * classes; ++i) {
     check(to.data[i] == before.data[i] + from.data[i], "a sum of products is off");
   }
