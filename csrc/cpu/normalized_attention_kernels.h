@@ -56,9 +56,16 @@ struct NormalizedRows {
       Vector<T> sum = {};
       for_centered(j, [&](int64_t, Vector<T> x) { sum += x; });
       means[j] = sum_of_lanes(sum) / static_cast<S>(dim);
-      Vector<T> squares = {};
-      for_centered(j, [&](int64_t, Vector<T> x) { squares += x * x; });
-      const double variance = static_cast<double>(sum_of_lanes(squares)) / static_cast<double>(dim);
+      // What is left of the mean after rounding, which in a long row far from zero is much of a deviation.
+      Vector<T> rest = {}, squares = {};
+      for_centered(j, [&](int64_t, Vector<T> x) {
+        rest += x;
+        squares += x * x;
+      });
+      const double correction = static_cast<double>(sum_of_lanes(rest)) / static_cast<double>(dim);
+      const double variance =
+          static_cast<double>(sum_of_lanes(squares)) / static_cast<double>(dim) - correction * correction;
+      means[j] += static_cast<S>(correction);
       rstds[j] = static_cast<S>(1 / sqrt(variance + eps));  // sqrt(float) is inline and of the standard library
     }
   }

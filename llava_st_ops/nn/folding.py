@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.nn.functional import gelu, layer_norm, linear
 
 from ..ops import lape_mlp, normalized_region_attention
+from ..ops.registration import autocast_is_on
 from ..reference.lape import computing_dtype
 
 Tables = tuple[Tensor, Tensor, Tensor]
@@ -58,55 +60,65 @@ class Before:
 
 def fold(packer: nn.Module, before: Before | None) -> FoldedPacker:
     """The matrices of a `PointToRegionPacker`, part of the graph where gradients are wanted."""
-    queries_mlp, keys, values = packer.query_mlp, packer.key_mlp, packer.value_mlp
+    keys, values = packer.key_mlp, packer.value_mlp
     first_weight = torch.cat([keys[0].weight, values[0].weight])
-    first_bias = torch.cat([keys[0].bias, values[0].bias])
-    positions = None
-    if before is not None:
-        wide = _wide(first_weight)
-        if before.bias is not None:
-            first_bias = linear(_wide(before.bias), wide, _wide(first_bias))
-        if before.tables is not None:
-            positions = tuple(linear(_wide(table), wide) for table in before.tables)
-        first_weight = first_weight @ before.weight
-
-    query_weight, key_weight, value_weight = packer.in_proj_weight.chunk(3)
-    query_bias, _, value_bias = packer.in_proj_bias.chunk(3)
-    heads = packer.num_heads
-    scale = (key_weight.shape[0] // heads) ** -0.5
-    # The softmax does not see what is the same for all keys of a region, such as the LayerNorm's shift.
-    gain = _with_zero_gradient(packer.key_norm.weight, packer.key_norm.bias)
-    absorbed = _wide(key_weight) * (_wide(gain) * scale)
-    gained = _wide(value_weight) * _wide(packer.value_norm.weight)
-    # Biases of the values go through the pooling unchanged.
-    value_bias = linear(_wide(packer.value_norm.bias), _wide(value_weight), _wide(value_bias))
-    out_bias = linear(value_bias, _wide(packer.out_proj.weight), _wide(packer.out_proj.bias))
-    dtype = key_weight.dtype
+    composite = first_weight if before is None else first_weight @ before.weight
+    with _without_autocast(first_weight.device):  # small, and added to what is not rounded yet
+        first_bias, positions = _first_positions(first_weight, torch.cat([keys[0].bias, values[0].bias]), before)
+        absorbed, value_weight, out_bias = _attention(packer)
+    dtype, heads = first_weight.dtype, packer.num_heads
+    query_mlp = packer.query_mlp
     return FoldedPacker(
         region=packer.region,
         eps=packer.key_norm.eps,
         query_eps=packer.query_norm.eps,
         query_layers=(
-            queries_mlp[0].weight,
-            queries_mlp[0].bias,
-            queries_mlp[2].weight,
-            queries_mlp[2].bias,
+            query_mlp[0].weight,
+            query_mlp[0].bias,
+            query_mlp[2].weight,
+            query_mlp[2].bias,
             packer.query_norm.weight,
             packer.query_norm.bias,
-            query_weight,
-            query_bias,
+            packer.in_proj_weight.chunk(3)[0],
+            packer.in_proj_bias.chunk(3)[0],
         ),
-        first_weight=first_weight,
+        first_weight=composite,
         first_bias=first_bias,
         positions=positions,
         second_weights=(keys[2].weight, values[2].weight),
         second_biases=(keys[2].bias, values[2].bias),
         absorbed=absorbed.to(dtype).unflatten(0, (heads, -1)),
-        value_weight=gained.to(dtype).unflatten(0, (heads, -1)).transpose(1, 2),
+        value_weight=value_weight.to(dtype).unflatten(0, (heads, -1)).transpose(1, 2),
         out_weight=packer.out_proj.weight,
         out_bias=out_bias.to(dtype),
         output_weight=packer.output.weight,
     )
+
+
+def _first_positions(weight: Tensor, bias: Tensor, before: Before | None) -> tuple[Tensor, Tables | None]:
+    """What is added before the GELU everywhere, and at the anchors of each axis."""
+    if before is None:
+        return bias, None
+    weight, bias = _wide(weight), _wide(bias)
+    if before.bias is not None:
+        bias = linear(_wide(before.bias), weight, bias)
+    if before.tables is None:
+        return bias, None
+    temporal, height, width = (linear(_wide(table), weight) for table in before.tables)
+    return bias, (temporal, height, width)
+
+
+def _attention(packer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """The in-projections of keys and values, `[heads D, E]` both, with what their LayerNorms multiply, and the bias
+    behind the pooling, which the biases of the values reach unchanged."""
+    _, key_weight, value_weight = (_wide(weight) for weight in packer.in_proj_weight.chunk(3))
+    _, _, value_bias = (_wide(bias) for bias in packer.in_proj_bias.chunk(3))
+    scale = (len(key_weight) // packer.num_heads) ** -0.5
+    # The softmax does not see what is the same for all keys of a region, such as the LayerNorm's shift.
+    gain = _with_zero_gradient(packer.key_norm.weight, packer.key_norm.bias)
+    value_bias = linear(_wide(packer.value_norm.bias), value_weight, value_bias)
+    out_bias = linear(value_bias, _wide(packer.out_proj.weight), _wide(packer.out_proj.bias))
+    return key_weight * (_wide(gain) * scale), value_weight * _wide(packer.value_norm.weight), out_bias
 
 
 def pack(folded: FoldedPacker, centers: Tensor, features: Tensor, positions: Sequence[Tensor]) -> Tensor:
@@ -201,6 +213,10 @@ def why_no_mlp(module: nn.Module) -> str | None:
     if module[1].approximate != "none":
         return f"its GELU is approximate, {module[1].approximate!r}"
     return None
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, enabled=False) if autocast_is_on(device.type) else nullcontext()
 
 
 def _wide(tensor: Tensor) -> Tensor:

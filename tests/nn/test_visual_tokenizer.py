@@ -139,17 +139,30 @@ def test_images_keep_all_tokens():
     assert torch.equal(make(lape=False).images(features), make(lape=False).projector(features))
 
 
-def test_autocast():
-    tokenizer, features = make(torch.float32, std=0.2), features_of(1, 5, 9, 9, dtype=torch.float32)
-    exact = copy.deepcopy(tokenizer).double()(features.double())
-    with torch.autocast("cpu", torch.bfloat16):
-        folded = tokenizer(features)
-        tokenizer.execution = "direct"
-        direct = tokenizer(features)
-    for found, other, wanted in zip(folded, direct, exact, strict=True):
-        error, allowed = ((x.double() - wanted).norm() for x in (found, other))
-        assert found.dtype == other.dtype
-        assert error <= 1.2 * allowed
+@pytest.mark.parametrize("lape", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("how", ["autocast", "bfloat16", "float16"])
+def test_low_precision(how, bias, lape):
+    tokenizer, features = make(torch.float32, std=0.2, bias=bias, lape=lape), features_of(1, 5, 9, 9)
+    exact = copy.deepcopy(tokenizer).double()
+    if how != "autocast":
+        tokenizer.to(getattr(torch, how))
+        exact = copy.deepcopy(tokenizer).double()
+    features = features.to(next(tokenizer.parameters()).dtype)
+    wanted = exact(features.double())
+    found = {}
+    for execution in ("folded", "direct"):
+        tokenizer.execution = execution
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            found[execution] = tokenizer(features)
+        sum(stream.float().square().sum() for stream in found[execution]).backward()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        tokenizer.execution = "folded"
+        without_gradients = tokenizer(features)
+    for folded, same, direct, right in zip(found["folded"], without_gradients, found["direct"], wanted, strict=True):
+        error, other, allowed = ((x.double() - right).norm() for x in (folded, same, direct))
+        assert folded.dtype == same.dtype == direct.dtype
+        assert max(error, other) <= 1.3 * allowed
 
 
 # Matrices that are kept ----------------------------------------------------------------------------------------------
