@@ -39,7 +39,7 @@ def test_overrun_is_caught():
     wrong = run_zoo("wrong")
     assert wrong.returncode != 0
     assert "stack-buffer-overflow" in wrong.stderr
-    assert "zoo.cuh" in wrong.stderr
+    assert "overrun_local_array" in wrong.stderr  # the kernel; its line is not found in so large a library
 
 
 @pytest.mark.parametrize(
