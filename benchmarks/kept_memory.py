@@ -52,7 +52,9 @@ def kept_channels(make: Callable[[], nn.Module], vision_dim: int) -> int:
 
         def pack_and_count(saved: Tensor) -> Any:
             packed = pack(saved)
-            return keep(packed) if isinstance(packed, Tensor) else packed
+            if not callable(packed):
+                keep(saved)
+            return packed
 
         return hooks(pack_and_count, unpack)
 

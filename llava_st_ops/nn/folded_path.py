@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear
 
 from .. import reference
+from ..backends import choose, use_backend
 from ..ops import lape_add, region_centers
 from ..ops.dispatch import run
-from ..ops.registration import autocast
+from ..ops.registration import autocast, is_transformed
 from ..reference.lape import resize_table
 from .folding import FoldedPacker, no_positions, pack
 
@@ -92,30 +93,58 @@ def _hidden(features: Tensor, layer: Layer) -> tuple[Tensor, Callable[[], Tensor
     weight, bias = layer
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (features, weight, bias))
     zero = weight.new_zeros(1, weight.shape[0])
-    bias = zero[0] if bias is None else bias
     x, w = autocast(features, weight)
+    b = zero[0] if bias is None else bias
     places = [zero.expand(size, -1) for size in x.shape[1:4]]
 
-    def again() -> Tensor:
+    def calculate() -> Tensor:
         with torch.no_grad():
-            return run("linear_lape_gelu", (x, w, bias, *places, False), reference.linear_lape_gelu)[0]
+            return run("linear_lape_gelu", (x, w, b, *places, False), reference.linear_lape_gelu)[0]
 
-    return gelu(linear(features, *layer)) if wanted else again(), again
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.is_meta:
+        return gelu(linear(features, *layer)) if wanted else calculate(), calculate
+    backend = choose("linear_lape_gelu", x)  # the backward pass may run where no other is forced
+    unchanged = _unchanged(x, w, b)
+
+    def again() -> Tensor:
+        unchanged()
+        with use_backend(backend):
+            return calculate()
+
+    return gelu(linear(features.contiguous(), *layer)) if wanted else calculate(), again
 
 
 def _calculated_again(tensor: Tensor, again: Callable[[], Tensor]) -> AbstractContextManager[Any]:
     """Where autograd would keep `tensor` it keeps how to calculate it. (Compilers decide for themselves.)"""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or is_transformed(tensor):
         return nullcontext()
     address, shape = tensor.data_ptr(), tensor.shape
 
-    def keep(saved: Tensor) -> Tensor | Callable[[], Tensor]:
-        return again if saved.data_ptr() == address and saved.shape == shape else saved
+    def keep(saved: Tensor) -> Any:
+        if saved.data_ptr() == address and saved.shape == shape:
+            return again
+        detached = saved.detach()  # of its node: what an op gives and keeps would be a cycle
+        return detached, _unchanged(detached)
 
-    def give(kept: Tensor | Callable[[], Tensor]) -> Tensor:
-        return kept if isinstance(kept, Tensor) else kept()
+    def give(kept: Any) -> Tensor:
+        if callable(kept):
+            return kept()
+        detached, unchanged = kept
+        unchanged()
+        return detached
 
     return torch.autograd.graph.saved_tensors_hooks(keep, give)
+
+
+def _unchanged(*tensors: Tensor) -> Callable[[], None]:
+    """A function that raises where one of the tensors has been changed in place: hooks hide that from autograd."""
+    seen = [(x, x._version) for x in tensors if not x.is_inference()]
+
+    def check() -> None:
+        if any(x._version != version for x, version in seen):
+            raise RuntimeError("a tensor that the backward pass needs was changed in place after the forward pass")
+
+    return check
 
 
 def _centers_of_rows(rows: Tensor, step: int) -> Tensor:

@@ -41,7 +41,7 @@ def check_execution(execution: str) -> str:
 def notice_direct(module: nn.Module, reason: str) -> None:
     """Says that a module does not run folded, as it was asked to; once per place and reason."""
     if not torch.compiler.is_compiling():
-        warnings.warn(f"{type(module).__name__} runs direct, not folded: {reason}", stacklevel=4)
+        warnings.warn(f"{type(module).__name__} runs direct, not folded: {reason}", stacklevel=5)
 
 
 def _mlp(in_features: int, out_features: int) -> nn.Sequential:
@@ -61,7 +61,7 @@ class PointToRegionPacker(nn.Module):
         region: tokens per region along time, height and width; LLaVA-ST uses `(1, 3, 3)` and `(5, 1, 1)`.
         eps: of the LayerNorms; TokenPacker uses 1e-6.
         execution: `"direct"`, or `"folded"`: the same function with linear maps moved to where there are fewest rows
-            (docs/folding.md), which is faster and, in low precision, not less exact. May be set on a living module.
+            (docs/folding.md), which is faster and, in low precision, in the median not less exact. May be set on a living module.
             Layers that are not plain ones (adapters, quantised weights, hooks) run direct, with a notice.
 
     Shapes: `[B, T, H, W, C] -> [B, ceil(T / rt), ceil(H / rh), ceil(W / rw), C]`, for any T, H and W.
@@ -141,7 +141,11 @@ class PointToRegionPacker(nn.Module):
     def folded(self) -> FoldedPacker:
         """The matrices of the folded execution: computed once, and anew when a parameter has changed; in the graph
         where gradients are wanted."""
-        return self._folded.get(list(self.parameters()), lambda: fold(self, None))
+        return self._folded.get(list(self.parameters()), self.settings(), lambda: fold(self, None))
+
+    def settings(self) -> tuple[Any, ...]:
+        """What the folded matrices depend on besides parameters."""
+        return self.region, self.num_heads, self.query_norm.eps, self.key_norm.eps
 
     def refresh(self) -> None:
         """To be called after writes to parameters that torch does not see (through `.data`)."""
@@ -157,6 +161,11 @@ class PointToRegionPacker(nn.Module):
         for name, kind in {**kinds, "out_proj": nn.Linear, "output": nn.Linear}.items():
             if not is_plain(getattr(self, name), kind):
                 return f"{name} is not a plain {kind.__name__}, but {type(getattr(self, name)).__name__}"
+        if self.output.bias is not None:
+            return "output has a bias"
+        others = [name for name, module in self.named_modules() if getattr(module, "bias", self) is None]
+        if others != ["output"]:
+            return f"{others[0]} has no bias"
         if self.key_norm.eps != self.value_norm.eps:
             return f"key_norm and value_norm differ in eps, {self.key_norm.eps} and {self.value_norm.eps}"
         return None

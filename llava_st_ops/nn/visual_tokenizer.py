@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .folded_path import FoldedPath, run_path
-from .folding import Before, FoldedPacker, Kept, fold, why_no_mlp
+from .folding import Before, FoldedPacker, Kept, fold, is_plain, why_no_mlp
 from .lape import LanguageAlignedPositionalEmbedding
-from .packers import SpatialTemporalPacker, check_execution, notice_direct
+from .packers import PointToRegionPacker, SpatialTemporalPacker, check_execution, notice_direct
 
 CHUNK_TOKENS = 1 << 14
 
@@ -27,8 +27,8 @@ class VisualTokenizer(nn.Module):
         packer: what shrinks videos. Images are not packed.
         execution: `"folded"`, or `"direct"`: the published order of operations, the definition of right. `"folded"` is
             the same function with linear maps moved to where there are fewest rows (docs/folding.md). May be set on a
-            living module. A projector or packer with layers that are not plain ones (adapters, quantised weights,
-            hooks) runs direct, with a notice.
+            living module; `"direct"` leaves it to the packer how it executes. A projector or packer with layers that
+            are not plain ones (adapters, quantised weights, hooks) runs direct, with a notice.
         recompute: folded training does not keep the projector's hidden activation, the largest tensor of all, but
             calculates it again in the backward pass.
         chunk_tokens: folded execution takes about so many features at a time (whole regions of frames), so that memory
@@ -74,7 +74,7 @@ class VisualTokenizer(nn.Module):
         """Videos: features `[B, T, H, W, Cv]` -> `(slow, fast)`, both `[B, T', H', W', C]` (see
         `SpatialTemporalPacker`)."""
         _check(features)
-        if self.execution == "folded":
+        if self.execution == "folded" and 0 not in features.shape[1:4]:
             reason = self.why_not_folded()
             if reason is None:
                 return run_path(self._path(), features, self.chunk_tokens, self.recompute)
@@ -92,15 +92,16 @@ class VisualTokenizer(nn.Module):
         reason = why_no_mlp(self.projector)
         if reason is not None:
             return f"projector: {reason}"
-        kinds = {"lape": LanguageAlignedPositionalEmbedding, "packer": SpatialTemporalPacker}
-        for name, kind in kinds.items():
-            module = getattr(self, name)
-            if module is not None and type(module) is not kind:
-                return f"{name} is not a {kind.__name__}, but {type(module).__name__}"
-        for name, packer in self.packer.named_children():
-            reason = packer.why_not_folded()
-            if reason is not None:
+        if self.lape is not None and type(self.lape) is not LanguageAlignedPositionalEmbedding:
+            return f"lape is not a LanguageAlignedPositionalEmbedding, but {type(self.lape).__name__}"
+        if not is_plain(self.packer, SpatialTemporalPacker):
+            return f"packer is not a plain SpatialTemporalPacker, but {type(self.packer).__name__}"
+        for name in ("spatial", "slow", "fast"):
+            packer = getattr(self.packer, name)
+            if type(packer) is PointToRegionPacker and (reason := packer.why_not_folded()) is not None:
                 return f"packer.{name}.{reason}"
+            if not is_plain(packer, PointToRegionPacker):
+                return f"packer.{name} is not a plain PointToRegionPacker, but {type(packer).__name__}"
         return None
 
     def refresh(self) -> None:
@@ -143,7 +144,8 @@ class VisualTokenizer(nn.Module):
             tables = None if lape is None else lape.visual_tables()
             return fold(packer, Before(second.weight, second.bias, tables))
 
-        return self._folded.get(parameters, compute)
+        settings = (packer.settings(), None if lape is None else lape.compat)
+        return self._folded.get(parameters, settings, compute)
 
     def _apply(self, *arguments: Any, **options: Any) -> VisualTokenizer:
         self._folded.forget()

@@ -61,10 +61,7 @@ def lape_mlp(
     _check(_FORWARD, (features, weight, bias, *positions))
     _check_second("lape_mlp", weight, second_weights, second_biases)
     tensors = (features, weight, bias, *positions, *second_weights, *second_biases)
-    plain = choose(_FORWARD, features) == "reference" or (
-        not torch.compiler.is_compiling() and is_transformed(*tensors)
-    )
-    if plain and not features.is_meta:
+    if not features.is_meta and _takes_the_reference(tensors):
         activation, _ = reference.linear_lape_gelu(features, weight, bias, *positions)
         return tuple(_second_layers(activation, second_weights, second_biases))
     return _LapeMlp.apply(count, *tensors)

@@ -191,6 +191,19 @@ def optimizer_step(tokenizer):
     optimizer.step()
 
 
+def fused_optimizer_step(tokenizer):
+    """Which raises no version."""
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=0.1, fused=True)
+    for parameter in tokenizer.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+def change_eps(tokenizer):
+    for norm in (tokenizer.packer.slow.key_norm, tokenizer.packer.slow.value_norm):
+        norm.eps = 3.0
+
+
 def load_other_weights(tokenizer):
     tokenizer.load_state_dict({name: value + 0.1 for name, value in tokenizer.state_dict().items()})
 
@@ -228,6 +241,8 @@ def round_a_layer(tokenizer):
     "change",
     [
         optimizer_step,
+        fused_optimizer_step,
+        change_eps,
         load_other_weights,
         edit_in_place,
         edit_a_table,
@@ -363,9 +378,30 @@ def differing_eps(tokenizer):
     tokenizer.packer.spatial.value_norm.eps = 0.1
 
 
+def replace_a_forward(tokenizer):
+    layer = tokenizer.projector[0]
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight, layer.bias) * 2
+
+
+def hook_a_packer(tokenizer):
+    tokenizer.packer.fast.register_forward_hook(lambda module, inputs, output: output + 1)
+
+
+def give_the_output_a_bias(tokenizer):
+    tokenizer.packer.slow.output = nn.Linear(EMBED, WIDTH).double()
+
+
+def take_a_bias(tokenizer):
+    tokenizer.packer.slow.key_norm = nn.LayerNorm(EMBED, bias=False).double()
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        (replace_a_forward, "projector: not a Sequential|projector: a layer is not a plain Linear"),
+        (hook_a_packer, "packer.fast is not a plain PointToRegionPacker"),
+        (give_the_output_a_bias, "packer.slow.output has a bias"),
+        (take_a_bias, "packer.slow.key_norm has no bias"),
         (adapt_the_projector, "projector: a layer is not a plain Linear, but .*Adapter"),
         (adapt_a_packer, "packer.slow.value_mlp: a layer is not a plain Linear, but .*Adapter"),
         (adapt_an_output, "packer.fast.out_proj is not a plain Linear, but .*Adapter"),
@@ -406,6 +442,24 @@ def test_executions_are_checked():
         make(chunk_tokens=-1)
     with pytest.raises(ValueError, match=r"features must have 5 dimensions .*, got shape \[9, 12\]"):
         make()(features_of(9))
+
+
+def test_no_frames():
+    slow, fast = make()(features_of(2, 0, 9, 9))
+    assert slow.shape == (2, 0, 3, 3, WIDTH)
+    assert fast.shape == (2, 0, 1, 1, WIDTH)
+
+
+def test_recomputation_sees_changes_in_place():
+    for change in ("features", "query_mlp"):
+        tokenizer = make(recompute=True)
+        tokenizer.projector.requires_grad_(False)
+        features = features_of(1, 5, 9, 9)
+        streams = tokenizer(features)
+        with torch.no_grad():
+            (features if change == "features" else tokenizer.packer.spatial.query_mlp[2].weight).mul_(2)
+        with pytest.raises(RuntimeError, match="changed in place"):
+            sum(stream.sum() for stream in streams).backward()
 
 
 # Frozen ---------------------------------------------------------------------------------------------------------------
