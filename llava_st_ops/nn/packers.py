@@ -61,8 +61,9 @@ class PointToRegionPacker(nn.Module):
         region: tokens per region along time, height and width; LLaVA-ST uses `(1, 3, 3)` and `(5, 1, 1)`.
         eps: of the LayerNorms; TokenPacker uses 1e-6.
         execution: `"direct"`, or `"folded"`: the same function with linear maps moved to where there are fewest rows
-            (docs/folding.md), which is faster and, in low precision, in the median not less exact. May be set on a living module.
-            Layers that are not plain ones (adapters, quantised weights, hooks) run direct, with a notice.
+            (docs/folding.md), which is faster and, in low precision, in the median not less exact. May be set on a
+            living module. Layers that are not plain ones (adapters, quantised weights, hooks) run direct, with a
+            notice.
 
     Shapes: `[B, T, H, W, C] -> [B, ceil(T / rt), ceil(H / rh), ceil(W / rw), C]`, for any T, H and W.
 
