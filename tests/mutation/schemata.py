@@ -131,8 +131,9 @@ def rewrite(text: str, file: str, first: int) -> tuple[str, list[Mutant]]:
 
 
 def kernel_sources(csrc: Path) -> list[Path]:
-    """What kernels are made of, and how they are launched; not the thin layer, which the emulator replaces."""
+    """What kernels are made of, and how they are launched; not the thin layer, which the emulator replaces, nor what it
+    cannot run."""
     layer = {"hardware.cuh", "async_copy.cuh", "matrix_product.cuh", "host.h"}
     patterns = ("cuda/**/*.cuh", "cuda/*/*.h", "cuda/*/*.cu", "geometry/*.h")
     paths = [path for pattern in patterns for path in csrc.glob(pattern)]
-    return sorted(path for path in paths if path.name not in layer)
+    return sorted(path for path in paths if path.name not in layer and path.parent.name != "cutlass")
