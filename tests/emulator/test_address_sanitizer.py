@@ -6,6 +6,7 @@ Its runtime must be there before anything else is, so these tests run in process
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,12 +35,22 @@ def run_zoo(twin: str) -> subprocess.CompletedProcess[str]:
     return run("-c", f"{code} print(load().{twin}['overrun_local_array'](INPUT.tolist()))")
 
 
+def first_line(report: str) -> str:
+    """The source lines of a report's first frame. The sanitizer's reader of debug information does not find them in
+    so large a unit; addr2line does."""
+    frame = re.search(r"#0 .*\((\S+)\+(0x[0-9a-f]+)\)", report)
+    if frame is None:  # or libbacktrace did
+        return next(line for line in report.splitlines() if "#0 " in line)
+    command = ["addr2line", "--inlines", "--exe", frame[1], frame[2]]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
 def test_overrun_is_caught():
     assert run_zoo("right").returncode == 0
     wrong = run_zoo("wrong")
     assert wrong.returncode != 0
     assert "stack-buffer-overflow" in wrong.stderr
-    assert "overrun_local_array" in wrong.stderr  # the kernel; its line is not found in so large a library
+    assert "zoo.cuh" in first_line(wrong.stderr)
 
 
 @pytest.mark.parametrize(
