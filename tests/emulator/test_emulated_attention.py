@@ -24,19 +24,12 @@ from tests.attention_cases import (
 from tests.emulator.backend import DTYPES, NAMESPACE, emulated, launched
 from tests.emulator.build import load
 
-pytestmark = pytest.mark.usefixtures("poisoned_results")
+pytestmark = pytest.mark.usefixtures("poisoned_results", "ops")
 NAN = math.nan
 
 # One case for every width of rows that has a layout of its own, and for rows of single elements.
 WIDTHS = [Case(1, (2, 4, 5), (1, 3, 3), 2, dim) for dim in (1, 3, 8, 32, 40, 64, 72, 128, 160, 256)]
 MANY_CHUNKS = [Case(1, (5, 4, 6), (5, 3, 3), 2, dim) for dim in (3, 32, 64, 128, 160, 256)]
-
-
-@pytest.fixture(autouse=True)
-def ops(request):
-    """The raw ops. Threads run in an order of their own in every test."""
-    with emulated(request.node.nodeid) as ops:
-        yield ops
 
 
 def attention(region, scale=None, grid_thw=None):

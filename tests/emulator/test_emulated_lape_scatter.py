@@ -16,14 +16,7 @@ from tests.emulator.backend import DTYPES, emulated, launched
 from tests.emulator.emulated_lape import INF, NAN, TABLES, elements, in_nan, random, random_tables, raw, wide
 from tests.tolerance import assert_accurate
 
-pytestmark = pytest.mark.usefixtures("poisoned_results")
-
-
-@pytest.fixture(autouse=True)
-def ops(request):
-    """The raw ops. Threads run in an order of their own in every test."""
-    with emulated(request.node.nodeid) as ops:
-        yield ops
+pytestmark = pytest.mark.usefixtures("poisoned_results", "ops")
 
 
 @dataclass

@@ -16,16 +16,9 @@ from tests.emulator.backend import DTYPES, emulated, launched
 from tests.emulator.emulated_lape import INF, NAN, elements, in_nan, random, random_tables, raw, wide
 from tests.tolerance import assert_accurate
 
-pytestmark = pytest.mark.usefixtures("poisoned_results")
+pytestmark = pytest.mark.usefixtures("poisoned_results", "ops")
 
 FORWARD, BACKWARD = "position_gelu", "gelu_gradient"
-
-
-@pytest.fixture(autouse=True)
-def ops(request):
-    """The raw ops. Threads run in an order of their own in every test."""
-    with emulated(request.node.nodeid) as ops:
-        yield ops
 
 
 @dataclass(frozen=True)

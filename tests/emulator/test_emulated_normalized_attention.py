@@ -16,17 +16,10 @@ from tests.attention_cases import assert_matches_reference, gradients
 from tests.emulator.backend import DTYPES, emulated, launched
 from tests.emulator.emulated_lape import INF, NAN, in_nan, raw
 
-pytestmark = pytest.mark.usefixtures("poisoned_results")
+pytestmark = pytest.mark.usefixtures("poisoned_results", "ops")
 EPS = 1e-5
 HALVES = (torch.bfloat16, torch.float16)
 TILE_KEYS, TILE_HEADS, TILE_WIDTH = 16, 32, 2048  # the most that the kernels of the tensor cores take
-
-
-@pytest.fixture(autouse=True)
-def ops(request):
-    """The raw ops. Threads run in an order of their own in every test."""
-    with emulated(request.node.nodeid) as ops:
-        yield ops
 
 
 @dataclass(frozen=True)
