@@ -18,7 +18,7 @@ from ..ops import lape_add, region_centers
 from ..ops.dispatch import run
 from ..ops.registration import autocast, is_transformed
 from ..reference.lape import resize_table
-from .folding import FoldedPacker, no_positions, pack
+from .folding import FoldedPacker, Tables, no_positions, pack
 
 Layer = tuple[Tensor, Tensor | None]  # weight and bias
 
@@ -29,7 +29,7 @@ class FoldedPath:
 
     first: Layer  # of the projector; a GELU follows
     second: Layer  # at the centres of regions; everywhere else it is part of `spatial`
-    tables: tuple[Tensor, ...] | None  # what LAPE adds
+    tables: Tables | None  # what LAPE adds
     text_aligned: bool
     spatial: FoldedPacker
     slow: FoldedPacker
@@ -72,14 +72,14 @@ def _chunk(
     seeds: Sequence[Tensor] | None,
     recompute: bool,
 ) -> tuple[Tensor, Tensor]:
-    hidden, again = _hidden(features, path.first)
-    with _calculated_again(hidden, again) if recompute else nullcontext():
+    hidden, calculate, read = _hidden(features, path.first)
+    with _calculated_again(hidden, calculate, read) if recompute else nullcontext():
         # Contiguous: torch makes many small products of a linear layer over strided rows.
         centers = linear(region_centers(hidden, path.spatial.region).contiguous(), *path.second)
         if seeds is not None:
             centers = lape_add(centers, *seeds)
         packed = pack(path.spatial, centers, hidden, positions)
-    del hidden, again
+    del hidden, calculate, read
     streams = (path.slow, path.fast)
     grid = packed.shape[1:4]
     slow, fast = (
@@ -88,8 +88,8 @@ def _chunk(
     return slow, fast
 
 
-def _hidden(features: Tensor, layer: Layer) -> tuple[Tensor, Callable[[], Tensor]]:
-    """The projector's hidden activation, and a function that calculates it again."""
+def _hidden(features: Tensor, layer: Layer) -> tuple[Tensor, Callable[[], Tensor], tuple[Tensor, ...]]:
+    """The projector's hidden activation, a function that calculates it anew, and what that reads."""
     weight, bias = layer
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (features, weight, bias))
     zero = weight.new_zeros(1, weight.shape[0])
@@ -101,24 +101,24 @@ def _hidden(features: Tensor, layer: Layer) -> tuple[Tensor, Callable[[], Tensor
         with torch.no_grad():
             return run("linear_lape_gelu", (x, w, b, *places, False), reference.linear_lape_gelu)[0]
 
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.is_meta:
-        return gelu(linear(features, *layer)) if wanted else calculate(), calculate
-    backend = choose("linear_lape_gelu", x)  # the backward pass may run where no other is forced
-    unchanged = _unchanged(x, w, b)
-
-    def again() -> Tensor:
-        unchanged()
-        with use_backend(backend):
-            return calculate()
-
-    return gelu(linear(features.contiguous(), *layer)) if wanted else calculate(), again
+    hidden = gelu(linear(features.contiguous(), *layer)) if wanted else calculate()
+    return hidden, calculate, (x, w, b)
 
 
-def _calculated_again(tensor: Tensor, again: Callable[[], Tensor]) -> AbstractContextManager[Any]:
+def _calculated_again(
+    tensor: Tensor, calculate: Callable[[], Tensor], read: Sequence[Tensor]
+) -> AbstractContextManager[Any]:
     """Where autograd would keep `tensor` it keeps how to calculate it. (Compilers decide for themselves.)"""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or is_transformed(tensor):
         return nullcontext()
-    address, shape = tensor.data_ptr(), tensor.shape
+    address, shape, inputs_unchanged = tensor.data_ptr(), tensor.shape, _unchanged(*read)
+    # The backward pass may run in a thread that knows nothing of a forced backend.
+    backend = "reference" if tensor.is_meta else choose("linear_lape_gelu", read[0])
+
+    def again() -> Tensor:
+        inputs_unchanged()
+        with use_backend(backend):
+            return calculate()
 
     def keep(saved: Tensor) -> Any:
         if saved.data_ptr() == address and saved.shape == shape:

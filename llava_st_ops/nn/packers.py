@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import point_to_region_attention, region_centers
-from .folding import FoldedPacker, Kept, fold, is_plain, no_positions, pack, why_no_mlp
+from .foldable import Foldable, is_plain, why_no_mlp
+from .folding import FoldedPacker, fold, no_positions, pack
 from .published_names import rename
 
 # The names of the released checkpoints, and what they are called here.
@@ -29,26 +29,11 @@ _PUBLISHED_STREAMS = {"token_packer.": "spatial.", "token_packer_slow.": "slow."
 _PUBLISHED_WRAPPER = "devide_attention."  # spelled so
 
 
-EXECUTIONS = ("direct", "folded")
-
-
-def check_execution(execution: str) -> str:
-    if execution not in EXECUTIONS:
-        raise ValueError(f"execution must be 'direct' or 'folded', got {execution!r}")
-    return execution
-
-
-def notice_direct(module: nn.Module, reason: str) -> None:
-    """Says that a module does not run folded, as it was asked to; once per place and reason."""
-    if not torch.compiler.is_compiling():
-        warnings.warn(f"{type(module).__name__} runs direct, not folded: {reason}", stacklevel=5)
-
-
 def _mlp(in_features: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_features, out_features), nn.GELU(), nn.Linear(out_features, out_features))
 
 
-class PointToRegionPacker(nn.Module):
+class PointToRegionPacker(Foldable):
     """Packs each region of a grid into one token: its centre, plus what the centre attends to in its region.
 
     Queries come from the region centres, keys and values from all features; each goes through an MLP, a LayerNorm and
@@ -79,8 +64,7 @@ class PointToRegionPacker(nn.Module):
         eps: float = 1e-5,
         execution: str = "direct",
     ) -> None:
-        super().__init__()
-        self.execution = execution
+        super().__init__(execution)
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim must be a multiple of num_heads, {num_heads}, got {embed_dim}")
         self.num_heads = num_heads
@@ -96,7 +80,6 @@ class PointToRegionPacker(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * embed_dim))
         self.out_proj = nn.Linear(embed_dim, embed_dim)
         self.output = nn.Linear(embed_dim, visual_dim, bias=False)
-        self._folded = Kept()
         self.reset_parameters()
         self.register_load_state_dict_pre_hook(self._accept_published_names)
 
@@ -116,12 +99,9 @@ class PointToRegionPacker(nn.Module):
         """features `[B, T, H, W, C]` -> `[B, T', H', W', C]`."""
         # Contiguous: torch makes many small products of a linear layer over strided rows.
         centers = region_centers(features, self.region).contiguous()
-        if self.execution == "folded":
-            reason = self.why_not_folded()
-            if reason is None:
-                folded = self.folded()
-                return pack(folded, centers, features, no_positions(folded, features.shape[1:4]))
-            notice_direct(self, reason)
+        if self._runs_folded():
+            folded = self.folded()
+            return pack(folded, centers, features, no_positions(folded, features.shape[1:4]))
         query_weight, key_weight, value_weight = self.in_proj_weight.chunk(3)
         query_bias, key_bias, value_bias = self.in_proj_bias.chunk(3)
         query = nn.functional.linear(self.query_norm(self.query_mlp(centers)), query_weight, query_bias)
@@ -131,29 +111,16 @@ class PointToRegionPacker(nn.Module):
         pooled = point_to_region_attention(query, key, value, self.region).flatten(-2)
         return centers + self.output(self.out_proj(pooled))
 
-    @property
-    def execution(self) -> str:
-        return self._execution
-
-    @execution.setter
-    def execution(self, execution: str) -> None:
-        self._execution = check_execution(execution)
-
     def folded(self) -> FoldedPacker:
         """The matrices of the folded execution: computed once, and anew when a parameter has changed; in the graph
         where gradients are wanted."""
-        return self._folded.get(list(self.parameters()), self.settings(), lambda: fold(self, None))
+        return self._kept.get(list(self.parameters()), self.settings(), lambda: fold(self, None))
 
     def settings(self) -> tuple[Any, ...]:
         """What the folded matrices depend on besides parameters."""
         return self.region, self.num_heads, self.query_norm.eps, self.key_norm.eps
 
-    def refresh(self) -> None:
-        """To be called after writes to parameters that torch does not see (through `.data`)."""
-        self._folded.forget()
-
     def why_not_folded(self) -> str | None:
-        """Why the folded execution cannot be had; None where it can."""
         for name in ("query_mlp", "key_mlp", "value_mlp"):
             reason = why_no_mlp(getattr(self, name))
             if reason is not None:
@@ -170,10 +137,6 @@ class PointToRegionPacker(nn.Module):
         if self.key_norm.eps != self.value_norm.eps:
             return f"key_norm and value_norm differ in eps, {self.key_norm.eps} and {self.value_norm.eps}"
         return None
-
-    def _apply(self, *arguments: Any, **options: Any) -> PointToRegionPacker:
-        self._folded.forget()
-        return super()._apply(*arguments, **options)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, region={self.region}, execution={self.execution!r}"

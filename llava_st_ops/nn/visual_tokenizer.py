@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .foldable import Foldable, is_plain, why_no_mlp
 from .folded_path import FoldedPath, run_path
-from .folding import Before, FoldedPacker, Kept, fold, is_plain, why_no_mlp
+from .folding import Before, FoldedPacker, Tables, fold
 from .lape import LanguageAlignedPositionalEmbedding
-from .packers import PointToRegionPacker, SpatialTemporalPacker, check_execution, notice_direct
+from .packers import PointToRegionPacker, SpatialTemporalPacker
 
 CHUNK_TOKENS = 1 << 14
 
 
-class VisualTokenizer(nn.Module):
+class VisualTokenizer(Foldable):
     """LLaVA-ST's path from vision features to tokens: projector, positions (LAPE) and Spatial-Temporal Packer.
 
     Args:
@@ -51,34 +52,21 @@ class VisualTokenizer(nn.Module):
         recompute: bool = False,
         chunk_tokens: int = CHUNK_TOKENS,
     ) -> None:
-        super().__init__()
+        super().__init__(execution)
         if chunk_tokens < 0:
             raise ValueError(f"chunk_tokens must not be negative, got {chunk_tokens}")
         self.projector = projector
         self.lape = lape
         self.packer = packer
-        self.execution = execution
         self.recompute = recompute
         self.chunk_tokens = chunk_tokens
-        self._folded = Kept()
-
-    @property
-    def execution(self) -> str:
-        return self._execution
-
-    @execution.setter
-    def execution(self, execution: str) -> None:
-        self._execution = check_execution(execution)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Videos: features `[B, T, H, W, Cv]` -> `(slow, fast)`, both `[B, T', H', W', C]` (see
         `SpatialTemporalPacker`)."""
         _check(features)
-        if self.execution == "folded" and 0 not in features.shape[1:4]:
-            reason = self.why_not_folded()
-            if reason is None:
-                return run_path(self._path(), features, self.chunk_tokens, self.recompute)
-            notice_direct(self, reason)
+        if 0 not in features.shape[1:4] and self._runs_folded():
+            return run_path(self._path(), features, self.chunk_tokens, self.recompute)
         return self.packer(self.images(features))
 
     def images(self, features: Tensor) -> Tensor:
@@ -88,7 +76,6 @@ class VisualTokenizer(nn.Module):
         return projected if self.lape is None else self.lape.inject(projected)
 
     def why_not_folded(self) -> str | None:
-        """Why the folded execution cannot be had; None where it can."""
         reason = why_no_mlp(self.projector)
         if reason is not None:
             return f"projector: {reason}"
@@ -105,8 +92,8 @@ class VisualTokenizer(nn.Module):
         return None
 
     def refresh(self) -> None:
-        """To be called after writes to parameters that torch does not see (through `.data`)."""
-        self._folded.forget()
+        """Of the packer, too."""
+        super().refresh()
         self.packer.refresh()
 
     def freeze(self) -> FrozenVisualTokenizer:
@@ -124,32 +111,29 @@ class VisualTokenizer(nn.Module):
 
     def _path(self) -> FoldedPath:
         first, _, second = self.projector
+        tables, spatial = self._tables_and_spatial()
         return FoldedPath(
             first=(first.weight, first.bias),
             second=(second.weight, second.bias),
-            tables=None if self.lape is None else tuple(self.lape.visual_tables()),
+            tables=tables,
             text_aligned=self.lape is not None and self.lape.text_aligned,
-            spatial=self._spatial(),
+            spatial=spatial,
             slow=self.packer.slow.folded(),
             fast=self.packer.fast.folded(),
         )
 
-    def _spatial(self) -> FoldedPacker:
-        """The first packer's matrices, with what is linear before it."""
+    def _tables_and_spatial(self) -> tuple[Tables | None, FoldedPacker]:
+        """What LAPE adds, and the first packer's matrices, with what is linear before it."""
         packer, second, lape = self.packer.spatial, self.projector[2], self.lape
         modules = (packer, second) if lape is None else (packer, second, lape)
         parameters = [parameter for module in modules for parameter in module.parameters()]
 
-        def compute() -> FoldedPacker:
-            tables = None if lape is None else lape.visual_tables()
-            return fold(packer, Before(second.weight, second.bias, tables))
+        def compute() -> tuple[Tables | None, FoldedPacker]:
+            tables = None if lape is None else tuple(lape.visual_tables())
+            return tables, fold(packer, Before(second.weight, second.bias, tables))
 
         settings = (packer.settings(), None if lape is None else lape.compat)
-        return self._folded.get(parameters, settings, compute)
-
-    def _apply(self, *arguments: Any, **options: Any) -> VisualTokenizer:
-        self._folded.forget()
-        return super()._apply(*arguments, **options)
+        return self._kept.get(parameters, settings, compute)
 
 
 class FrozenVisualTokenizer(nn.Module):
