@@ -1,10 +1,8 @@
 // normalized_region_attention and its gradient on the CPU.
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
-
 #include "../normalized_attention_call.h"
-#include "host.h"
+#include "attention_host.h"
 #include "instruction_set.h"
 
 namespace llava_st {
@@ -20,23 +18,7 @@ cpu::Operand operand(const Tensor& tensor) {
 }
 
 cpu::NormalizedProblem problem_of(const NormalizedCall& call) {
-  cpu::NormalizedProblem problem;
-  problem.attention.queries = call.batch * regions_of(call.grid, call.region).count();
-  problem.attention.heads = call.heads;
-  problem.attention.head_dim = call.width;
-  problem.attention.scale = 1;
-  problem.attention.region = call.region;
-  problem.attention.grid = call.grid;
-  problem.attention.largest_region = Extent{std::min(call.grid.t, call.region.t), std::min(call.grid.h, call.region.h),
-                                            std::min(call.grid.w, call.region.w)}
-                                         .count();
-  problem.eps = call.eps;
-  return problem;
-}
-
-void check_memory(const char* op, bool done, const cpu::NormalizedProblem& problem) {
-  LLAVA_ST_CHECK(done, op, ": out of memory allocating scratch memory for regions of ",
-                 problem.attention.largest_region, " tokens on cpu");
+  return {cpu::dense_problem(call.batch, call.grid, call.region, call.heads, call.width, 1), call.eps};
 }
 
 Tensor normalized_region_attention(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -48,7 +30,8 @@ Tensor normalized_region_attention(const Tensor& query, const Tensor& key, const
   if (output.numel() == 0) return output;
   const Tensor q = with_contiguous_rows(query), k = with_contiguous_rows(key), v = with_contiguous_rows(value);
   const cpu::NormalizedProblem problem = problem_of(call);
-  check_memory(op, kernel(problem, {operand(q), operand(k), operand(v), operand(output)}, cpu::torch_loop()), problem);
+  const bool done = kernel(problem, {operand(q), operand(k), operand(v), operand(output)}, cpu::torch_loop());
+  cpu::check_scratch(op, done, problem.attention);
   return output;
 }
 
@@ -74,7 +57,7 @@ Gradients normalized_region_attention_backward(const Tensor& grad_output, const 
       problem,
       {operand(g), operand(q), operand(k), operand(v), operand(grad_query), operand(grad_key), operand(grad_value)},
       cpu::torch_loop());
-  check_memory(op, done, problem);
+  cpu::check_scratch(op, done, problem.attention);
   return {grad_query, grad_key, grad_value};
 }
 

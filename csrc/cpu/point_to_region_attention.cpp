@@ -3,9 +3,7 @@
 
 #include <algorithm>
 
-#include "../attention_call.h"
-#include "attention_problem.h"
-#include "host.h"
+#include "attention_host.h"
 #include "instruction_set.h"
 
 namespace llava_st {
@@ -26,20 +24,8 @@ Operand operand(const Tensor& tensor) {
   return {data, {0, 0, 0, tensor.stride(0), tensor.stride(1)}};
 }
 
-int64_t tokens_of_largest_region(Extent grid, Extent region) {
-  return Extent{std::min(grid.t, region.t), std::min(grid.h, region.h), std::min(grid.w, region.w)}.count();
-}
-
 AttentionProblem problem_of(const DenseCall& call) {
-  AttentionProblem problem;
-  problem.queries = call.batch * regions_of(call.grid, call.region).count();
-  problem.heads = call.heads;
-  problem.head_dim = call.head_dim;
-  problem.scale = call.scale;
-  problem.region = call.region;
-  problem.grid = call.grid;
-  problem.largest_region = tokens_of_largest_region(call.grid, call.region);
-  return problem;
+  return cpu::dense_problem(call.batch, call.grid, call.region, call.heads, call.head_dim, call.scale);
 }
 
 AttentionProblem problem_of(const PackedCall& call, const PackedGrids& packed) {
@@ -53,7 +39,7 @@ AttentionProblem problem_of(const PackedCall& call, const PackedGrids& packed) {
   problem.grids = packed.grids.data();
   problem.videos = call.videos;
   for (const Extent& grid : packed.grids) {
-    problem.largest_region = std::max(problem.largest_region, tokens_of_largest_region(grid, call.region));
+    problem.largest_region = std::max(problem.largest_region, cpu::tokens_of_largest_region(grid, call.region));
   }
   return problem;
 }
@@ -65,8 +51,7 @@ Tensor run_forward(const char* op, const AttentionProblem& problem, const std::v
   if (output.numel() == 0) return output;
   const Tensor q = with_contiguous_rows(query), k = with_contiguous_rows(key), v = with_contiguous_rows(value);
   const bool done = kernel(problem, {operand(q), operand(k), operand(v), operand(output)}, cpu::torch_loop());
-  LLAVA_ST_CHECK(done, op, ": out of memory allocating scratch memory for regions of ", problem.largest_region,
-                 " tokens on cpu");
+  cpu::check_scratch(op, done, problem);
   return output;
 }
 
@@ -85,8 +70,7 @@ Gradients run_backward(const char* op, const AttentionProblem& problem, const st
       problem,
       {operand(g), operand(q), operand(k), operand(v), operand(grad_query), operand(grad_key), operand(grad_value)},
       cpu::torch_loop());
-  LLAVA_ST_CHECK(done, op, ": out of memory allocating scratch memory for regions of ", problem.largest_region,
-                 " tokens on cpu");
+  cpu::check_scratch(op, done, problem);
   return {grad_query, grad_key, grad_value};
 }
 
