@@ -14,18 +14,9 @@ constexpr int64_t kMostChannels = int64_t{1} << 30;
 
 inline NormalizedProblem normalized_problem(int64_t samples, Extent grid, Extent region, int64_t heads, int64_t width,
                                             double eps) {
-  NormalizedProblem problem = {};
-  const Extent regions = regions_of(grid, region);
-  problem.queries = samples * regions.count();
-  problem.heads = heads;
+  auto problem = dense_batch<NormalizedProblem>(samples, grid, region, heads);
   problem.width = static_cast<int>(width);
   problem.eps = static_cast<float>(eps);
-  problem.grid = grid;
-  problem.region = clip(region, grid);
-  problem.by_heads = Divisor(heads);
-  problem.by_regions = Divisor(regions.count());
-  problem.by_regions_h = Divisor(regions.h);
-  problem.by_regions_w = Divisor(regions.w);
   return problem;
 }
 

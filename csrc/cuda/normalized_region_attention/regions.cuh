@@ -7,18 +7,8 @@
 namespace llava_st::cuda {
 
 /// The region of query number `query`.
-struct QueryRegion {
-  int64_t sample;
-  Region region;
-
-  LLAVA_ST_DEVICE QueryRegion(const NormalizedProblem& problem, int64_t query)
-      : sample(problem.by_regions.quotient(query)) {
-    const int64_t index = query - sample * problem.by_regions.divisor;
-    const int64_t line = problem.by_regions_w.quotient(index);
-    const int64_t t = problem.by_regions_h.quotient(line);
-    region = region_at(problem.grid, problem.region,
-                       Extent{t, line - t * problem.by_regions_h.divisor, index - line * problem.by_regions_w.divisor});
-  }
+struct QueryRegion : DenseRegion {
+  using DenseRegion::DenseRegion;
 
   template <class T>
   LLAVA_ST_DEVICE const T* query_row(const Operand<const T>& operand, int64_t head) const {

@@ -27,9 +27,10 @@ inline bool fits_places(Extent region) {
   return region.t < limit && region.h < limit && region.w < limit;
 }
 
-inline AttentionProblem dense_problem(int64_t samples, Extent grid, Extent region, int64_t heads, int64_t head_dim,
-                                      double scale) {
-  AttentionProblem problem = {};
+/// What a problem over a dense batch says of its regions and heads.
+template <class Problem>
+Problem dense_batch(int64_t samples, Extent grid, Extent region, int64_t heads) {
+  Problem problem = {};
   const Extent regions = regions_of(grid, region);
   problem.queries = samples * regions.count();
   problem.heads = heads;
@@ -37,10 +38,16 @@ inline AttentionProblem dense_problem(int64_t samples, Extent grid, Extent regio
   problem.by_regions = Divisor(regions.count());
   problem.by_regions_h = Divisor(regions.h);
   problem.by_regions_w = Divisor(regions.w);
-  problem.head_dim = static_cast<int>(head_dim);
-  problem.scale = static_cast<float>(scale);
   problem.region = clip(region, grid);
   problem.grid = grid;
+  return problem;
+}
+
+inline AttentionProblem dense_problem(int64_t samples, Extent grid, Extent region, int64_t heads, int64_t head_dim,
+                                      double scale) {
+  auto problem = dense_batch<AttentionProblem>(samples, grid, region, heads);
+  problem.head_dim = static_cast<int>(head_dim);
+  problem.scale = static_cast<float>(scale);
   return problem;
 }
 

@@ -16,6 +16,21 @@ struct Place {
   LLAVA_ST_DEVICE int64_t offset(const TokenStrides& strides) const { return strides.offset({t, h, w}); }
 };
 
+/// Number of a query's sample in a dense batch, and its region there.
+struct DenseRegion {
+  int64_t sample;
+  Region region;
+
+  template <class Problem>
+  LLAVA_ST_DEVICE DenseRegion(const Problem& problem, int64_t query) : sample(problem.by_regions.quotient(query)) {
+    const int64_t index = query - sample * problem.by_regions.divisor;
+    const int64_t line = problem.by_regions_w.quotient(index);
+    const int64_t t = problem.by_regions_h.quotient(line);
+    region = region_at(problem.grid, problem.region,
+                       Extent{t, line - t * problem.by_regions_h.divisor, index - line * problem.by_regions_w.divisor});
+  }
+};
+
 /// The region of one query, wherever its sample lies, and one head.
 struct Site {
   int64_t query;
@@ -44,14 +59,10 @@ struct Site {
       const Extent last = {region.size.t - 1, region.size.h - 1, region.size.w - 1};
       cut_short = !key_exists(problem, Place(last));
     } else {
-      sample = problem.by_regions.quotient(query);
-      const int64_t index = query - sample * problem.by_regions.divisor;
-      const int64_t line = problem.by_regions_w.quotient(index);
-      const int64_t t = problem.by_regions_h.quotient(line);
+      const DenseRegion dense(problem, query);
+      sample = dense.sample;
+      region = dense.region;
       grid = problem.grid;
-      region =
-          region_at(grid, problem.region,
-                    Extent{t, line - t * problem.by_regions_h.divisor, index - line * problem.by_regions_w.divisor});
       has_keys = true;
     }
   }
