@@ -6,12 +6,12 @@ They run in the emulator, through the raw ops. Shapes are as small as tell the k
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
 
 from llava_st_ops import reference
+from tests.attention_cases import Case as AttentionCase
 from tests.attention_cases import assert_matches_reference, gradients
 from tests.emulator.backend import DTYPES, emulated, launched
 from tests.emulator.emulated_lape import INF, NAN, in_nan, raw
@@ -22,28 +22,12 @@ HALVES = (torch.bfloat16, torch.float16)
 TILE_KEYS, TILE_HEADS, TILE_WIDTH = 16, 32, 2048  # the most that the kernels of the tensor cores take
 
 
-@dataclass(frozen=True)
-class Case:
-    """Keys `[batch, *grid, width]`."""
-
-    batch: int
-    grid: tuple[int, int, int]
-    region: tuple[int, int, int]
-    heads: int
-    width: int
-
-    def __str__(self) -> str:
-        grid, region = ("x".join(map(str, sizes)) for sizes in (self.grid, self.region))
-        return f"{self.batch}x{grid}-by-{region}-heads{self.heads}-width{self.width}"
-
-    @property
-    def query_shape(self) -> tuple[int, ...]:
-        regions = (-(-size // step) for size, step in zip(self.grid, self.region, strict=True))
-        return (self.batch, *regions, self.heads, self.width)
+class Case(AttentionCase):
+    """Keys `[batch, *grid, dim]`, which all heads share."""
 
     @property
     def key_shape(self) -> tuple[int, ...]:
-        return (self.batch, *self.grid, self.width)
+        return (self.batch, *self.grid, self.dim)
 
     @property
     def most_keys(self) -> int:
@@ -55,7 +39,7 @@ class Case:
         query, key, value = (
             torch.randn(shape, generator=generator) for shape in (self.query_shape, self.key_shape, self.key_shape)
         )
-        return [x.to(dtype) for x in (query * 3 / math.sqrt(max(self.width, 1)), key, value)]
+        return [x.to(dtype) for x in (query * 3 / math.sqrt(max(self.dim, 1)), key, value)]
 
 
 def attention(region, eps: float = EPS):
@@ -78,8 +62,8 @@ def kernels(case: Case, dtype: torch.dtype, vectors: bool = True) -> set[str]:
     """Those that shall run."""
     element = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Float16"}[dtype]
     elements = 16 // dtype.itemsize
-    vectors = vectors and case.width % elements == 0
-    tile = dtype in HALVES and vectors and case.most_keys <= TILE_KEYS and case.width <= TILE_WIDTH
+    vectors = vectors and case.dim % elements == 0
+    tile = dtype in HALVES and vectors and case.most_keys <= TILE_KEYS and case.dim <= TILE_WIDTH
     packets = f"<Packets<{element}, {elements if vectors else 1}> >"
     forward = f"normalized_tile_forward<{element}>" if tile else f"normalized_forward{packets}"
     if tile and case.heads <= TILE_HEADS:
