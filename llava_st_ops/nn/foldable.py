@@ -122,7 +122,9 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     layers have classes of their own, or tensors of such; others hooks, or another forward."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     plain = type(module) is kind and not any(hooks) and "forward" not in vars(module)
-    return plain and all(type(p) in (nn.Parameter, Tensor) or is_fake(p) for p in module.parameters(recurse=False))
+    return plain and all(
+        p is None or type(p) is nn.Parameter or type(p) is Tensor or is_fake(p) for p in module._parameters.values()
+    )
 
 
 def why_no_mlp(module: nn.Module) -> str | None:

@@ -122,18 +122,17 @@ class PointToRegionPacker(Foldable):
 
     def why_not_folded(self) -> str | None:
         for name in ("query_mlp", "key_mlp", "value_mlp"):
-            reason = why_no_mlp(getattr(self, name))
-            if reason is not None:
+            mlp = getattr(self, name)
+            if (reason := why_no_mlp(mlp)) is not None:
                 return f"{name}: {reason}"
-        kinds = {"query_norm": nn.LayerNorm, "key_norm": nn.LayerNorm, "value_norm": nn.LayerNorm}
-        for name, kind in {**kinds, "out_proj": nn.Linear, "output": nn.Linear}.items():
-            if not is_plain(getattr(self, name), kind):
-                return f"{name} is not a plain {kind.__name__}, but {type(getattr(self, name)).__name__}"
-        if self.output.bias is not None:
-            return "output has a bias"
-        others = [name for name, module in self.named_modules() if getattr(module, "bias", self) is None]
-        if others != ["output"]:
-            return f"{others[0]} has no bias"
+            if mlp[0].bias is None or mlp[2].bias is None:
+                return f"{name} has no bias"
+        for name in ("query_norm", "key_norm", "value_norm", "out_proj", "output"):
+            layer, kind = getattr(self, name), nn.LayerNorm if name.endswith("norm") else nn.Linear
+            if not is_plain(layer, kind):
+                return f"{name} is not a plain {kind.__name__}, but {type(layer).__name__}"
+            if (layer.bias is None) != (name == "output"):
+                return f"{name} has {'no' if layer.bias is None else 'a'} bias"
         if self.key_norm.eps != self.value_norm.eps:
             return f"key_norm and value_norm differ in eps, {self.key_norm.eps} and {self.value_norm.eps}"
         return None

@@ -30,6 +30,11 @@ def check_region(op: str, region: Sequence[int]) -> None:
         raise ValueError(f"{op}: region must be three positive sizes (time, height, width), got {region!r}")
 
 
+def regions_of(grid: Sequence[int], region: Sequence[int]) -> list[int]:
+    """How many regions, and so queries, a grid has along each axis."""
+    return [-(-size // step) for size, step in zip(grid, region, strict=True)]
+
+
 def check_rank(op: str, name: str, tensor: Tensor, rank: int, layout: str) -> None:
     if tensor.dim() != rank:
         raise ValueError(
@@ -108,9 +113,8 @@ def check_attention_inputs(op: str, query: Tensor, key: Tensor, value: Tensor, r
     check_rank(op, "key", key, 6, "[B, T, H, W, heads, D]")
     _check_kinds(op, query, key, value)
     batch, t, h, w, heads, dim = key.shape
-    regions = [-(-size // step) for size, step in zip((t, h, w), region, strict=True)]
     check_shape(op, "value", value, key.shape)
-    check_shape(op, "query", query, (batch, *regions, heads, dim))
+    check_shape(op, "query", query, (batch, *regions_of((t, h, w), region), heads, dim))
     _check_head_dim(op, dim)
 
 
@@ -137,7 +141,7 @@ def check_grids_add_up(
         if min(t, h, w) < 0:
             raise ValueError(f"{op}: grid_thw must not be negative, got {[t, h, w]} for video {video}")
         total_tokens += t * h * w
-        total_queries += math.prod(-(-size // step) for size, step in zip((t, h, w), region, strict=True))
+        total_queries += math.prod(regions_of((t, h, w), region))
     if total_tokens != tokens:
         raise ValueError(f"{op}: grid_thw must add up to the {tokens} tokens of {name}, got {total_tokens}")
     if queries is not None and total_queries != queries:

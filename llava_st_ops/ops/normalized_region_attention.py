@@ -72,9 +72,8 @@ def _check(op: str, arguments: tuple[Any, ...]) -> None:
     checks.check_same_kind(op, "key", key, "query", query)
     checks.check_same_kind(op, "value", value, "query", query)
     checks.check_shape(op, "value", value, key.shape)
-    batch, t, h, w, width = key.shape
-    regions = [-(-size // step) for size, step in zip((t, h, w), region, strict=True)]
-    checks.check_shape(op, "query", query, (batch, *regions, query.shape[4], width))
+    batch, *grid, width = key.shape
+    checks.check_shape(op, "query", query, (batch, *checks.regions_of(grid, region), query.shape[4], width))
     if width == 0:
         raise ValueError(f"{op}: key must have at least one channel to normalise over, got {list(key.shape)}")
     if not isinstance(eps, numbers.Real) or not 0 <= eps < math.inf:
