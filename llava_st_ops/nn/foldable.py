@@ -121,9 +121,15 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module, its children apart, does what its kind does and no more: adapters, quantised and parametrised
     layers have classes of their own, or tensors of such; others hooks, or another forward."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    plain = type(module) is kind and not any(hooks) and "forward" not in vars(module)
-    return plain and all(
-        p is None or type(p) is nn.Parameter or type(p) is Tensor or is_fake(p) for p in module._parameters.values()
+    own = vars(module).get("forward")  # set on the module itself: accelerate leaves the method there, others replace it
+    same_forward = own is None or getattr(own, "__func__", None) is kind.forward
+    return (
+        type(module) is kind
+        and not any(hooks)
+        and same_forward
+        and all(
+            p is None or type(p) is nn.Parameter or type(p) is Tensor or is_fake(p) for p in module._parameters.values()
+        )
     )
 
 

@@ -18,6 +18,7 @@ from ..ops import (
     neighboring_token_propagation,
 )
 from ..ops.checks import can_read
+from .foldable import Kept
 from .published_names import rename
 
 AXES = ("temporal", "height", "width")
@@ -143,6 +144,7 @@ class LanguageAlignedPositionalEmbedding(nn.Module):
         self.tokens = tokens
         self.compat = compat
         self.text_aligned = text_aligned
+        self._kept = {"input": Kept(), "output": Kept()}
         for axis, bins in zip(AXES, self.num_bins, strict=True):
             for side in ("input", "output"):
                 self.register_parameter(f"{axis}_{side}", nn.Parameter(torch.empty(bins, hidden_size)))
@@ -158,7 +160,17 @@ class LanguageAlignedPositionalEmbedding(nn.Module):
 
     def tables(self, side: str) -> list[Tensor]:
         """The three tables of a side, `"input"` or `"output"`, as they are used: gradients reach neighbouring rows."""
-        return [neighboring_token_propagation(getattr(self, f"{axis}_{side}"), compat=self.compat) for axis in AXES]
+        tables = [getattr(self, f"{axis}_{side}") for axis in AXES]
+
+        def compute() -> list[Tensor]:
+            return [neighboring_token_propagation(table, compat=self.compat) for table in tables]
+
+        # "paper" gives views; the rounding of "released" takes matrix products, not to be repeated at every new token.
+        return compute() if self.compat == "paper" else self._kept[side].get(tables, self.compat, compute)
+
+    def output_tables(self) -> list[Tensor]:
+        """The three output tables as they are, without gradients to neighbours: what logits are made with."""
+        return [getattr(self, f"{axis}_output") for axis in AXES]
 
     def visual_tables(self) -> list[Tensor]:
         """The three tables that `inject` adds: the means of the input and the output ones."""
@@ -186,6 +198,7 @@ class LanguageAlignedPositionalEmbedding(nn.Module):
         positions: Tensor | Sequence[Mapping[str, Sequence[float]]] | None = None,
         visual: Tensor | Sequence[Tensor] | None = None,
         visual_mask: Tensor | None = None,
+        visual_index: Tensor | None = None,
     ) -> Tensor:
         """The input embeddings of a batch: words, coordinates and visual tokens.
 
@@ -198,6 +211,8 @@ class LanguageAlignedPositionalEmbedding(nn.Module):
                 and video, say.
             visual_mask: bool `[B, L]`, where they go, as many places as there are visual tokens. By default wherever an
                 id is one of `tokens.visual`.
+            visual_index: int `[B, L]`, which visual token each place takes, -1 elsewhere, in place of visual_mask:
+                samples may share tokens.
 
         Returns:
             `[B, L, C]` in the dtype of embed_weight.
@@ -215,18 +230,10 @@ class LanguageAlignedPositionalEmbedding(nn.Module):
         else:
             several = [visual] if isinstance(visual, Tensor) else visual
             visual = torch.cat([each.reshape(-1, each.shape[-1]) for each in several])
-        if visual_mask is None:
-            visual_mask = torch.zeros_like(input_ids, dtype=torch.bool)
-            for each in tokens.visual:  # few; a tensor of them would have to be waited for on its way to a GPU
-                visual_mask = visual_mask | (input_ids == each)
-        # The i-th place takes token i, in the order of samples.
-        index = visual_mask.flatten().cumsum(0).view_as(visual_mask) - 1
-        if can_read(visual_mask):
-            count = int(visual_mask.sum())
-            if count != len(visual):
-                raise ValueError(f"embed: visual_mask has {count} places, but there are {len(visual)} visual tokens")
-        index = index.masked_fill(~visual_mask, -1)
-        return lape_scatter(embed_weight, *self.tables("input"), input_ids, axis, places, index, visual)
+        if visual_index is None:
+            visual_index = self._places(input_ids, visual_mask, len(visual))
+        tables = [table.to(embed_weight.device) for table in self.tables("input")]
+        return lape_scatter(embed_weight, *tables, input_ids, axis, places, visual_index, visual)
 
     def loss(
         self,
@@ -237,6 +244,7 @@ class LanguageAlignedPositionalEmbedding(nn.Module):
         reduction: str = "mean",
         normalizer: float | Tensor | None = None,
         ignore_index: int = -100,
+        sample: Tensor | None = None,
     ) -> Tensor:
         """The loss of predicting each next token: words, single anchors, or coordinates between two anchors.
 
@@ -249,6 +257,7 @@ class LanguageAlignedPositionalEmbedding(nn.Module):
             reduction: see `coordinate_cross_entropy`; the published one is `"per_sample_sum"`.
             normalizer: likewise.
             ignore_index: likewise.
+            sample: likewise, `[B, L]`.
         """
         places = self._positions(positions, labels)
         axis = self._tokens().axis_of(labels, [f"{axis}_output" for axis in AXES])
@@ -264,6 +273,7 @@ class LanguageAlignedPositionalEmbedding(nn.Module):
             reduction=reduction,
             normalizer=normalizer,
             ignore_index=ignore_index,
+            sample=None if sample is None else sample.flatten(),
         )
 
     def decode(self, logits: Tensor, axis: int, decoder: str = "expectation") -> Tensor:
@@ -304,7 +314,7 @@ class LanguageAlignedPositionalEmbedding(nn.Module):
 
     def extend_head(self, head_weight: Tensor) -> Tensor:
         """`[V, C] -> [V + n + m + m', C]`: a head that has the anchors as plain rows."""
-        return torch.cat([head_weight, *(getattr(self, f"{axis}_output").to(head_weight) for axis in AXES)])
+        return torch.cat([head_weight, *(table.to(head_weight) for table in self.output_tables())])
 
     def merge(self, embed_weight: Tensor, head_weight: Tensor) -> tuple[Tensor, Tensor]:
         """Embedding and head, both `[V, C]`, with the anchors as plain rows `[V + n + m + m', C]`: what a server of
@@ -319,6 +329,16 @@ class LanguageAlignedPositionalEmbedding(nn.Module):
         if self.tokens is None:
             raise ValueError("this module was made without tokens=CoordinateTokens(...), which embed and loss need")
         return self.tokens
+
+    def _places(self, input_ids: Tensor, mask: Tensor | None, visuals: int) -> Tensor:
+        """Which visual token each place takes: the i-th token i, in the order of samples; -1 elsewhere."""
+        if mask is None:
+            mask = torch.zeros_like(input_ids, dtype=torch.bool)
+            for each in self._tokens().visual:  # few; a tensor of them would be waited for on its way to a GPU
+                mask = mask | (input_ids == each)
+        if can_read(mask) and (count := int(mask.sum())) != visuals:
+            raise ValueError(f"embed: visual_mask has {count} places, but there are {visuals} visual tokens")
+        return (mask.flatten().cumsum(0).view_as(mask) - 1).masked_fill(~mask, -1)
 
     def _positions(self, positions: Tensor | Sequence[Mapping[str, Sequence[float]]] | None, ids: Tensor) -> Tensor:
         if positions is None:

@@ -279,3 +279,26 @@ def test_compile():
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call(small_module(), torch.randn(20, 8))
+
+
+def test_rounded_tables_of_the_released_mode_are_computed_once_and_anew_after_a_change():
+    lape = LanguageAlignedPositionalEmbedding(100, 8, compat="released")
+    with torch.no_grad():
+        first = lape.tables("input")
+        assert lape.tables("input")[0] is first[0]
+        assert lape.tables("output")[0] is not first[0]
+        lape.temporal_input.add_(1)
+        second = lape.tables("input")
+        torch.testing.assert_close(second[0], first[0] + 1)
+        assert lape.half().tables("input")[0].dtype == torch.float16
+    assert lape.tables("input")[0].requires_grad
+
+
+def test_visual_tokens_can_be_placed_by_index_and_shared():
+    lape = LanguageAlignedPositionalEmbedding(10, 4, tokens=TOKENS)
+    visual, embed = torch.randn(3, 4), torch.randn(20, 4)
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    index = torch.tensor([[2, -1, 0], [2, 2, 1]])
+    embeddings = lape.embed(ids, embed, visual=visual, visual_index=index)
+    assert torch.equal(embeddings[0], torch.stack([visual[2], embed[0], visual[0]]))
+    assert torch.equal(embeddings[1], visual[[2, 2, 1]])

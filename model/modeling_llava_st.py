@@ -1,0 +1,446 @@
+"""LLaVA-ST: a frozen vision tower, llava_st_ops' visual tokenizer, and any causal language model of transformers."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.hooks import remove_hook_from_module
+from torch import Tensor, nn
+from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from llava_st_ops.nn import (
+    LanguageAlignedPositionalEmbedding,
+    PointToRegionPacker,
+    SpatialTemporalPacker,
+    VisualTokenizer,
+)
+
+from .configuration_llava_st import LlavaStConfig
+from .vision_tower import vision_features
+
+_IMAGE_PLACES = ("im_start", "im_patch", "im_end")
+_VIDEO_PLACES = ("vid_start", "vid_patch", "vid_end", "slow_vid_start", "slow_vid_end")
+# Inputs without a row per sample: pictures of all samples one after the other, or what became of them.
+_MEDIA_INPUTS = ("pixel_values", "pixel_values_videos", "video_frames", "visual_tokens")
+# Settings of language models whose heads do more than a matrix product.
+_SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+_PROMPT_INPUTS = (*_MEDIA_INPUTS, "visual_index", "positions")
+
+
+@dataclass
+class LlavaStOutput(ModelOutput):
+    """
+    Attributes:
+        loss: a scalar, where labels were given.
+        logits: `[B, kept, V + anchors]`: words, then anchors of time, height and width.
+        cache: keys and values of the language model.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    cache: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class LlavaStPreTrainedModel(PreTrainedModel):
+    config_class = LlavaStConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "video", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("VisualTokenizer",)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
+        loaded = super().from_pretrained(*arguments, **options)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.base_model.vision_tower.requires_grad_(False)  # loading makes new parameters
+        tokenizer = model.base_model.visual_tokenizer
+        if hasattr(model, "hf_device_map") and not any(p.is_meta for p in tokenizer.parameters()):
+            # accelerate's hooks would only move inputs, which `encode` does, and keep the tokenizer from folding.
+            remove_hook_from_module(tokenizer, recurse=True)
+        return loaded
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # Called from the leaves up, with torch's initialisers replaced by ones that leave alone what was loaded.
+        super()._init_weights(module)
+        if isinstance(module, LanguageAlignedPositionalEmbedding | PointToRegionPacker):
+            module.reset_parameters()
+
+
+class LlavaStModel(LlavaStPreTrainedModel):
+    """Everything but the head: pictures to visual tokens, tokens to input embeddings, the language model."""
+
+    def __init__(self, config: LlavaStConfig) -> None:
+        super().__init__(config)
+        features, width = config.vision_config.hidden_size, config.text_config.hidden_size
+        projector = nn.Sequential(nn.Linear(features, width), nn.GELU(), nn.Linear(width, width))
+        lape = None
+        if config.lape:
+            lape = LanguageAlignedPositionalEmbedding(
+                config.num_bins, width, tokens=config.coordinate_tokens, compat=config.compat
+            )
+        packer = SpatialTemporalPacker(
+            width,
+            config.packer_dim,
+            config.packer_heads,
+            config.spatial_factor,
+            config.temporal_factor,
+            config.fast_factor,
+        )
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower.requires_grad_(False)
+        self.visual_tokenizer = VisualTokenizer(projector, lape, packer, execution=config.packer_execution)
+        self.language_model = AutoModel.from_config(config.text_config)
+        embedding = self.language_model.get_input_embeddings()
+        if type(embedding) is not nn.Embedding:
+            raise ValueError(f"text_config: its model has no plain embedding, but a {type(embedding).__name__}")
+        self.post_init()
+
+    @property
+    def lape(self) -> LanguageAlignedPositionalEmbedding | None:
+        return self.visual_tokenizer.lape
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """Images `[N, 3, S, S]` -> visual tokens `[N, rows * columns, C]`, row by row."""
+        features = self._vision_features(pixel_values)
+        images = self.visual_tokenizer.images(features.unsqueeze(1))
+        if self.config.pack_images:
+            images = self.visual_tokenizer.packer.spatial(images)
+        return images.flatten(1, 3)
+
+    def get_video_features(self, pixel_values_videos: Tensor, video_frames: Tensor) -> list[Tensor]:
+        """Visual tokens `[places, C]` of each video: the fast stream frame by frame, then the slow one.
+
+        Args:
+            pixel_values_videos: the frames of all videos, one after the other, `[frames, 3, S, S]`.
+            video_frames: int64 `[videos]`, how many frames each has.
+        """
+        counts = [int(count) for count in video_frames]
+        if sum(counts) != len(pixel_values_videos):
+            raise ValueError(f"video_frames: expected {len(pixel_values_videos)} frames in all, got {counts}")
+        videos = self._vision_features(pixel_values_videos).split(counts)
+        tokens: dict[int, Tensor] = {}
+        for count in set(counts):  # videos of the same length together
+            which = [i for i, other in enumerate(counts) if other == count]
+            slow, fast = self.visual_tokenizer(torch.stack([videos[i] for i in which]))
+            tokens.update(zip(which, torch.cat([fast.flatten(1, 3), slow.flatten(1, 3)], 1), strict=True))
+        return [tokens[i] for i in range(len(counts))]
+
+    def encode(
+        self,
+        pixel_values: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_frames: Tensor | None = None,
+    ) -> Tensor | None:
+        """Visual tokens `[places, C]` of all images, then of all videos; None where there are neither."""
+        tokens = []
+        if pixel_values is not None and len(pixel_values):
+            tokens.append(self.get_image_features(pixel_values).flatten(0, 1))
+        if pixel_values_videos is not None and len(pixel_values_videos):
+            if video_frames is None:
+                raise ValueError("pixel_values_videos needs video_frames, the number of frames of each video")
+            tokens += self.get_video_features(pixel_values_videos, video_frames)
+        return torch.cat(tokens) if tokens else None
+
+    def visual_index(self, input_ids: Tensor, shared: bool = False) -> Tensor:
+        """Which row of `encode`'s result goes where, `[B, L]`; -1 where none does.
+
+        Args:
+            input_ids: `[B, L]`.
+            shared: every sample shows the same images and videos, which were encoded once.
+        """
+
+        def places(names: tuple[str, ...]) -> Tensor:
+            found = torch.zeros_like(input_ids, dtype=torch.bool)
+            for name in names:
+                found = found | (input_ids == self.config.token_ids[name])
+            return found
+
+        def count(mask: Tensor) -> Tensor:
+            return mask.cumsum(1) if shared else mask.flatten().cumsum(0).view_as(mask)
+
+        image, video = places(_IMAGE_PLACES), places(_VIDEO_PLACES)
+        images = image.sum(1, keepdim=True) if shared else image.sum()
+        index = torch.where(video, images + count(video) - 1, count(image) - 1)
+        index = index.masked_fill(~(image | video), -1)
+        if self.config.compat == "released":  # there the places of the fast stream keep their placeholders
+            begun, ended = (places((name,)).cumsum(1) for name in ("vid_start", "vid_end"))
+            index = index.masked_fill((begun > ended) | places(("vid_end",)), -1)
+        return index
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        visual_tokens: Tensor | None = None,
+        visual_index: Tensor | None = None,
+    ) -> Tensor:
+        """Input embeddings `[B, L, C]`, in one pass.
+
+        Args:
+            input_ids: `[B, L]`; ids from V on are anchors.
+            positions: float64 `[B, L]`, fractions at template tokens, NaN elsewhere.
+            visual_tokens: what `encode` gives.
+            visual_index: what `visual_index` gives; computed from the ids where it is None.
+        """
+        weight = self.get_input_embeddings().weight
+        if weight.is_meta and not input_ids.is_meta:
+            raise ValueError("the embedding matrix is offloaded; device_map may offload layers, but not this")
+        if visual_tokens is not None:
+            visual_tokens = visual_tokens.to(weight)
+            if visual_index is None:
+                visual_index = self.visual_index(input_ids)
+                _check_places(visual_index, len(visual_tokens))
+        if self.lape is not None:
+            return self.lape.embed(input_ids, weight, positions, visual=visual_tokens, visual_index=visual_index)
+        words = nn.functional.embedding(input_ids, weight)
+        if visual_tokens is None:
+            return words
+        return torch.where(visual_index.unsqueeze(-1) >= 0, visual_tokens[visual_index.clamp(min=0)], words)
+
+    def _vision_features(self, pixels: Tensor) -> Tensor:
+        features = vision_features(self.vision_tower, pixels, self.config.vision_chunk_frames)
+        return features.to(self.visual_tokenizer.projector[0].weight)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        positions: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_frames: Tensor | None = None,
+        visual_tokens: Tensor | None = None,
+        visual_index: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The language model's outputs; for arguments see `LlavaStForConditionalGeneration.forward`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            if visual_tokens is None:
+                visual_tokens = self.encode(pixel_values, pixel_values_videos, video_frames)
+            inputs_embeds = self.embed(input_ids, positions, visual_tokens, visual_index)
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            **kwargs,
+        )
+
+
+def _check_places(visual_index: Tensor, visual_tokens: int) -> None:
+    """On the CPU; on a GPU, where this would be waited for, places without a token become NaN."""
+    if visual_index.device.type == "cpu" and not torch.compiler.is_compiling():
+        places = int(visual_index.max()) + 1
+        if places != visual_tokens:
+            raise ValueError(
+                f"input_ids has places for {places} visual tokens, but the images and videos have {visual_tokens}"
+            )
+
+
+def _without_first_tokens(labels: Tensor, attention_mask: Tensor | None, sample: Tensor | None) -> Tensor:
+    """Labels without those of first tokens, which neither padding nor the end of another sample predicts."""
+    first = torch.zeros_like(labels[:, 1:], dtype=torch.bool)
+    if attention_mask is not None and attention_mask.dim() == 2:
+        first |= attention_mask[:, :-1] == 0
+    if sample is not None:
+        first |= sample[:, 1:] != sample[:, :-1]
+    return torch.cat([labels[:, :1], labels[:, 1:].masked_fill(first, -100)], 1)
+
+
+class LlavaStForConditionalGeneration(LlavaStPreTrainedModel, GenerationMixin):
+    """LLaVA-ST with its head: logits over words and anchors, the loss, and `generate`."""
+
+    def __init__(self, config: LlavaStConfig) -> None:
+        super().__init__(config)
+        self.model = LlavaStModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.vocab_size, bias=False)
+        embedding = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embedding)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+        for scale in _SCALED_LOGITS:
+            if getattr(config.text_config, scale, None) not in (None, 1, 1.0):
+                raise ValueError(f"text_config: models that change their logits ({scale}) are not supported")
+        # Neither stands for itself: they are never an answer.
+        self.generation_config.suppress_tokens = sorted(config.token_ids.values())
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def encode(self, *arguments: Any, **options: Any) -> Tensor | None:
+        """`LlavaStModel.encode`."""
+        return self.model.encode(*arguments, **options)
+
+    def visual_index(self, input_ids: Tensor, shared: bool = False) -> Tensor:
+        """`LlavaStModel.visual_index`."""
+        return self.model.visual_index(input_ids, shared)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        positions: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_frames: Tensor | None = None,
+        visual_tokens: Tensor | None = None,
+        visual_index: Tensor | None = None,
+        sample: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        logits_to_keep: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> LlavaStOutput:
+        """
+        Args:
+            input_ids: `[B, L]`, with a block of placeholders for each image and video; ids from V on are anchors.
+            attention_mask, position_ids, cache, inputs_embeds: as in any model of transformers. Several samples packed
+                in one row have position_ids that start again, and no mask.
+            labels: `[B, L]`, not shifted, -100 where there is none.
+            positions: float64 `[B, L]`, fractions at template tokens, of labels as well as inputs; NaN elsewhere.
+            pixel_values: the images of all samples in reading order, `[images, 3, S, S]`.
+            pixel_values_videos: the frames of all videos in reading order, `[frames, 3, S, S]`.
+            video_frames: int64 `[videos]`, the number of frames of each.
+            visual_tokens: what `encode` gave, in place of pictures.
+            visual_index: see `visual_index`.
+            sample: int64 `[B, L]`, which sample each token of packed rows belongs to. Packed rows need it: no cache is
+                made, and the loss of `compat="released"` averages over each sample first.
+            num_items_in_batch: what the sum of losses is divided by, where several batches make a step
+                (`compat="paper"`); by default the number of targets.
+            logits_to_keep: as in transformers: the last so many, or those at these indices; 0: all. By default all, or,
+                where there are labels, none: the loss does not need them.
+        """
+        if sample is not None:
+            kwargs["use_cache"] = False  # with one transformers takes a packed row for one sample
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            positions=positions,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            video_frames=video_frames,
+            visual_tokens=visual_tokens,
+            visual_index=visual_index,
+            **{**kwargs, "return_dict": True},
+        )
+        hidden = outputs.last_hidden_state
+        loss = logits = None
+        if labels is not None:
+            labels = _without_first_tokens(labels.to(hidden.device), attention_mask, sample)
+            loss = self._loss(hidden, labels, positions, sample, num_items_in_batch)
+        if labels is None or logits_to_keep is not None:
+            kept = logits_to_keep or 0 if not isinstance(logits_to_keep, Tensor) else logits_to_keep
+            logits = self.logits(hidden[:, slice(-kept, None) if isinstance(kept, int) else kept])
+        return LlavaStOutput(loss, logits, outputs.cache, outputs.hidden_states, outputs.attentions)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Last hidden states `[..., C]` -> `[..., V + anchors]`. No matrix of head and tables together is made."""
+        words = self.lm_head(hidden)
+        if self.model.lape is None:
+            return words
+        return torch.cat([words, *(hidden @ table.to(hidden).T for table in self.model.lape.output_tables())], -1)
+
+    def _loss(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        positions: Tensor | None,
+        sample: Tensor | None,
+        num_items_in_batch: int | Tensor | None,
+    ) -> Tensor:
+        if self.model.lape is None:  # the first stage: words alone
+            active = labels[:, 1:] != -100
+            losses = nn.functional.cross_entropy(
+                self.lm_head(hidden[:, :-1][active]).float(), labels[:, 1:][active], reduction="sum"
+            )
+            return losses / (active.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+        if self.config.compat == "released":
+            options = {"reduction": "per_sample_sum", "sample": sample}
+        else:
+            options = {"reduction": "mean", "normalizer": num_items_in_batch}
+        return self.model.lape.loss(hidden, labels, positions, self.lm_head.weight, **options)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        prompt = {name: kwargs.pop(name, None) for name in _PROMPT_INPUTS}
+        # Without a cache the prompt comes again in every step.
+        shows_prompt = is_first_iteration or not kwargs.get("use_cache", True)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not shows_prompt or inputs.get("inputs_embeds") is not None:
+            return inputs
+        if prompt["visual_index"] is None and any(prompt[name] is not None for name in _MEDIA_INPUTS):
+            prompt["visual_index"] = self.visual_index(input_ids)
+        length, kept = input_ids.shape[1], inputs["input_ids"].shape[1]
+        for name, fill in (("visual_index", -1), ("positions", float("nan"))):
+            if (
+                prompt[name] is not None
+            ):  # of the whole prompt, to which tokens were added, and from which some are cached
+                prompt[name] = nn.functional.pad(prompt[name], (0, length - prompt[name].shape[1]), value=fill)
+                prompt[name] = prompt[name][:, length - kept :]
+        return {**inputs, **prompt}
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        # Pictures have no row per sample: the copies of a sample point to the same ones.
+        media = {name: kwargs.pop(name) for name in _MEDIA_INPUTS if kwargs.get(name) is not None}
+        if media and input_ids is not None and kwargs.get("visual_index") is None:
+            kwargs["visual_index"] = self.visual_index(input_ids)
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return input_ids, {**kwargs, **media}
+
+    def resize_token_embeddings(self, *arguments: Any, **options: Any) -> nn.Embedding:
+        """As in transformers; coordinates then begin at the new vocabulary size.
+
+        The config is copied first: one that other models share stays as it is.
+        """
+        self.config = self.model.config = copy.deepcopy(self.config)
+        self.model.language_model.config = self.config.text_config
+        embedding = super().resize_token_embeddings(*arguments, **options)
+        if self.model.lape is not None:
+            self.model.lape.tokens = self.config.coordinate_tokens
+        return embedding
+
+
+__all__ = ["LlavaStForConditionalGeneration", "LlavaStModel", "LlavaStPreTrainedModel"]
