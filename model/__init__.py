@@ -11,7 +11,7 @@ import importlib.util
 __all__: list[str] = []
 
 if importlib.util.find_spec("transformers") is not None:
-    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
     from .configuration_llava_st import LlavaStConfig
     from .modeling_llava_st import LlavaStForConditionalGeneration, LlavaStModel

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
@@ -42,8 +44,8 @@ class LlavaStConfig(PreTrainedConfig):
         vision_config: of the vision tower, a `SiglipVisionConfig`; `num_hidden_layers` are the layers that are run. The
             published tower is SigLIP so400m/14 at 384 pixels without its last layer: 26. The tower's own last norm and
             head are never used.
-        text_config: of any causal language model of transformers. Its `vocab_size` is V: the rows of embedding and head,
-            from which on ids are anchors (`<TEMP-000>` has the id V).
+        text_config: of any causal language model of transformers. Its `vocab_size` is V, the rows of embedding and
+            head; from V on ids are anchors (`<TEMP-000>` has the id V).
         token_ids: name -> id of the tokens in `VISUAL_TOKENS` and `TEMPLATE_TOKENS`.
         compat: `"paper"`, or `"released"`: the arithmetic of the published code, needed by its weights. Stored with a
             checkpoint, never guessed.
@@ -59,7 +61,7 @@ class LlavaStConfig(PreTrainedConfig):
     """
 
     model_type = "llava_st"
-    sub_configs_defaults = {
+    sub_configs_defaults: ClassVar = {
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model"),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2"),
     }

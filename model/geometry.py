@@ -48,12 +48,14 @@ class Tube:
         return TimeSpan(min(self.times), max(self.times))
 
 
-# All come in two units: fractions of the clip and of the picture, which the language model reads and writes, and seconds
-# and pixels, which users do. `Media.to_absolute` and `Media.to_fractions` go from one to the other.
+# All come in two units: fractions of the clip and of the picture, which the language model reads and writes, and
+# seconds and pixels, which users do. `Media.to_absolute` and `Media.to_fractions` go from one to the other.
 Item = Instant | TimeSpan | Box | Tube
 
 
-def change_units(item: Item, time: Callable[[float], float], x: Callable[[float], float], y: Callable[[float], float]):
+def change_units(
+    item: Item, time: Callable[[float], float], x: Callable[[float], float], y: Callable[[float], float]
+) -> Item:
     """The item with its times, horizontal and vertical coordinates changed."""
     if isinstance(item, Instant):
         return Instant(time(item.time))

@@ -407,13 +407,12 @@ class LlavaStForConditionalGeneration(LlavaStPreTrainedModel, GenerationMixin):
             return inputs
         if prompt["visual_index"] is None and any(prompt[name] is not None for name in _MEDIA_INPUTS):
             prompt["visual_index"] = self.visual_index(input_ids)
+        # What has a column per token follows the ids: tokens were added to the prompt, or some of it is in the cache.
         length, kept = input_ids.shape[1], inputs["input_ids"].shape[1]
         for name, fill in (("visual_index", -1), ("positions", float("nan"))):
-            if (
-                prompt[name] is not None
-            ):  # of the whole prompt, to which tokens were added, and from which some are cached
-                prompt[name] = nn.functional.pad(prompt[name], (0, length - prompt[name].shape[1]), value=fill)
-                prompt[name] = prompt[name][:, length - kept :]
+            if (given := prompt[name]) is not None:
+                missing = length - given.shape[1]
+                prompt[name] = nn.functional.pad(given, (0, missing), value=fill)[:, length - kept :]
         return {**inputs, **prompt}
 
     def _expand_inputs_for_generation(
