@@ -1,0 +1,1 @@
+"""Scoring LLaVA-ST on benchmarks."""
