@@ -11,12 +11,14 @@ import importlib.util
 __all__: list[str] = []
 
 if importlib.util.find_spec("transformers") is not None:
-    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
     from .configuration_llava_st import LlavaStConfig
     from .modeling_llava_st import LlavaStForConditionalGeneration, LlavaStModel
+    from .processing_llava_st import LlavaStProcessor
 
     AutoConfig.register("llava_st", LlavaStConfig)
+    AutoProcessor.register(LlavaStConfig, LlavaStProcessor)
     AutoModel.register(LlavaStConfig, LlavaStModel)
     AutoModelForImageTextToText.register(LlavaStConfig, LlavaStForConditionalGeneration)
-    __all__ += ["LlavaStConfig", "LlavaStForConditionalGeneration", "LlavaStModel"]
+    __all__ += ["LlavaStConfig", "LlavaStForConditionalGeneration", "LlavaStModel", "LlavaStProcessor"]
