@@ -12,6 +12,8 @@ import pytest
 import torch
 from llava_st.video import count_frames, preprocess, read_frames, sample_frame_indices
 
+from .clips import write_sound
+
 
 @pytest.fixture(scope="module")
 def bikes() -> Path:
@@ -99,15 +101,8 @@ def test_errors_name_the_file(bikes, tmp_path):
     broken.write_bytes(b"this is no video" * 64)
     with pytest.raises(ValueError, match=r"broken\.mp4: cannot be decoded"):
         read_frames(broken, [0])
-    silent = tmp_path / "sound.wav"
-    with av.open(str(silent), "w") as container:
-        stream = container.add_stream("pcm_s16le", rate=8000)
-        silence = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
-        silence.sample_rate = 8000
-        container.mux(stream.encode(silence))
-        container.mux(stream.encode(None))
     with pytest.raises(ValueError, match=r"sound\.wav: has no video stream"):
-        count_frames(silent)
+        count_frames(write_sound(tmp_path / "sound.wav"))
 
 
 def test_preprocess_scales_to_plus_minus_one():
