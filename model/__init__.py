@@ -15,10 +15,17 @@ if importlib.util.find_spec("transformers") is not None:
 
     from .configuration_llava_st import LlavaStConfig
     from .modeling_llava_st import LlavaStForConditionalGeneration, LlavaStModel
+    from .pipeline import LlavaStPipeline
     from .processing_llava_st import LlavaStProcessor
 
     AutoConfig.register("llava_st", LlavaStConfig)
     AutoProcessor.register(LlavaStConfig, LlavaStProcessor)
     AutoModel.register(LlavaStConfig, LlavaStModel)
     AutoModelForImageTextToText.register(LlavaStConfig, LlavaStForConditionalGeneration)
-    __all__ += ["LlavaStConfig", "LlavaStForConditionalGeneration", "LlavaStModel", "LlavaStProcessor"]
+    __all__ += [
+        "LlavaStConfig",
+        "LlavaStForConditionalGeneration",
+        "LlavaStModel",
+        "LlavaStPipeline",
+        "LlavaStProcessor",
+    ]
