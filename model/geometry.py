@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .coordinate_text import CoordinateText
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class Answer:
         finished: whether the model ended the answer itself (and not the limit of new tokens).
         problems: what could not be read, in words; empty where all is well.
         value: what the task's parser made of it, in seconds and pixels; None without a task, and where it could not.
+        written: what the model wrote, with template tokens for coordinates, and these as fractions.
     """
 
     parts: tuple[str | Item, ...]
@@ -84,6 +89,7 @@ class Answer:
     finished: bool = True
     problems: tuple[str, ...] = ()
     value: object = None
+    written: CoordinateText | None = None
 
     @property
     def items(self) -> tuple[Item, ...]:

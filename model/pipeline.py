@@ -296,7 +296,8 @@ class _Run:
         finished = len(ended) > 0
         if finished:
             ids, positions = ids[: int(ended[0])], positions[: int(ended[0])]
-        parts, problems = read(self.pipeline.processor.read_ids(ids, positions))
+        written = self.pipeline.processor.read_ids(ids, positions)
+        parts, problems = read(written)
         value = None
         if self.task is not None:
             try:
@@ -307,7 +308,7 @@ class _Run:
         if media is not None:
             parts, value = (map_items(each, media.to_absolute) for each in (tuple(parts), value))
         text = self.writer(sample).write(ids, positions)
-        return Answer(tuple(parts), text, finished, tuple(problems), value)
+        return Answer(tuple(parts), text, finished, tuple(problems), value, written)
 
 
 class _EncodedOnce:

@@ -19,6 +19,7 @@ def test_code_blocks_run():
     assert names["output"].shape == (1, 8, 9, 9, 8, 128)
     assert names["slow"].shape == (1, 2, 9, 9, 64)
     assert names["fast"].shape == (1, 10, 3, 3, 64)
+    assert names["answer"].text
 
 
 def test_the_measured_tables_are_those_of_their_records():

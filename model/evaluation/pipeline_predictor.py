@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..coordinate_text import write
 from ..geometry import Answer
 from ..image import load_image
 from ..media import Media
@@ -16,15 +15,6 @@ from ..tasks import TASKS
 from ..video import load_video
 from .predictions import MediaError, Prediction
 from .samples import Sample
-
-
-@dataclass(frozen=True)
-class _Shown:
-    """A video or image, encoded as if it had one by one pixel and lasted one second, so that seconds and pixels are
-    fractions; and what is known of the real one."""
-
-    encoded: EncodedVideo
-    media: Media
 
 
 class PipelinePredictor:
@@ -39,7 +29,7 @@ class PipelinePredictor:
     def __init__(self, pipeline: LlavaStPipeline, folder: Path, **options: Any) -> None:
         self._pipeline, self._folder, self._options = pipeline, folder, options
         # What the last samples showed: the next ones often are about the same.
-        self._shown: dict[tuple[Any, ...], _Shown | MediaError] = {}
+        self._shown: dict[tuple[Any, ...], EncodedVideo | MediaError] = {}
 
     def predict(self, samples: Sequence[Sample]) -> list[Prediction]:
         """Predictions of samples of one task. Media that cannot be shown are an error of their samples alone."""
@@ -47,9 +37,15 @@ class PipelinePredictor:
         self._shown = {key: self._shown.get(key) or self._show(*key) for key in dict.fromkeys(keys)}
         shown = [self._shown[key] for key in keys]
         questions = [
-            (each.encoded, sample.prompt)
+            [
+                {
+                    "role": "user",
+                    "unit": "fraction",
+                    "content": [{"type": each.media.kind, each.media.kind: each}, *sample.prompt],
+                }
+            ]
             for sample, each in zip(samples, shown, strict=True)
-            if isinstance(each, _Shown)
+            if isinstance(each, EncodedVideo)
         ]
         answers = iter(self._pipeline.ask_batch(questions, samples[0].task, **self._options))
         return [
@@ -59,26 +55,20 @@ class PipelinePredictor:
             for sample, each in zip(samples, shown, strict=True)
         ]
 
-    def _show(self, kind: str, file: Path, clip: tuple[int, int] | None) -> _Shown | MediaError:
+    def _show(self, kind: str, file: Path, clip: tuple[int, int] | None) -> EncodedVideo | MediaError:
         config = self._pipeline.config
         size = config.vision_config.image_size
         try:
-            pixels, media = (
-                load_image(file, size) if kind == "image" else load_video(file, config.num_frames, size, clip)
-            )
+            loaded = load_image(file, size) if kind == "image" else load_video(file, config.num_frames, size, clip)
         except FileNotFoundError as error:
             return MediaError("missing", str(error))
         except (OSError, ValueError) as error:
             return MediaError("undecodable", str(error))
-        last = max(len(media.timestamps) - 1, 1)
-        fractions = tuple(i / last for i in range(len(media.timestamps)))
-        loaded = pixels, replace(media, width=1, height=1, timestamps=fractions)
-        encode = self._pipeline.encode_image if kind == "image" else self._pipeline.encode_video
-        return _Shown(encode(loaded), media)
+        return self._pipeline.encode_image(loaded) if kind == "image" else self._pipeline.encode_video(loaded)
 
 
 def _prediction(sample: Sample, media: Media, answer: Answer) -> Prediction:
-    said = write(answer.parts, "output")
+    said = answer.written
     return Prediction(
         sample.index, sample.id, said.text, said.positions, answer.finished, media=replace(media, source=None)
     )

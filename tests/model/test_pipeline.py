@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from llava_st.coordinate_text import write
+from llava_st.coordinate_text import read, write
 from llava_st.geometry import Box, Instant, TimeSpan, Tube
 from llava_st.media import Media
 from llava_st.pipeline import NOT_QUANTIZED, EncodedVideo, LlavaStPipeline, quantization
@@ -414,3 +414,10 @@ def test_a_quantized_model_answers(saved, bits):
 def test_other_numbers_of_bits_are_refused(saved):
     with pytest.raises(ValueError, match="quantize: expected 4 or 8 bits"):
         LlavaStPipeline.from_pretrained(saved, quantize=3)
+
+
+def test_an_answer_keeps_what_the_model_wrote(pipeline):
+    answer = pipeline.ask((None, "Say something."), max_new_tokens=12)
+    parts, _ = read(answer.written)
+    assert tuple(parts) == answer.parts  # in fractions, since nothing was shown
+    assert answer.written.positions
