@@ -22,7 +22,7 @@ from .foldable import Kept
 from .published_names import rename
 
 AXES = ("temporal", "height", "width")
-_PUBLISHED = {
+PUBLISHED_TABLES = {
     f"{'' if axis == 'temporal' else 'spatial_'}{axis}_{side}_embeddings.weight": f"{axis}_{side}"
     for axis in AXES
     for side in ("input", "output")
@@ -349,7 +349,8 @@ class LanguageAlignedPositionalEmbedding(nn.Module):
 
     @staticmethod
     def _accept_published_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-        rename(state_dict, prefix, {**_PUBLISHED, **{f"model.{old}": new for old, new in _PUBLISHED.items()}})
+        rename(state_dict, prefix, PUBLISHED_TABLES)
+        rename(state_dict, prefix, {f"model.{published}": ours for published, ours in PUBLISHED_TABLES.items()})
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -11,22 +11,7 @@ from torch import Tensor, nn
 from ..ops import point_to_region_attention, region_centers
 from .foldable import Foldable, is_plain, why_no_mlp
 from .folding import FoldedPacker, fold, no_positions, pack
-from .published_names import rename
-
-# The names of the released checkpoints, and what they are called here.
-_PUBLISHED_PACKER = {
-    "to_q.": "query_mlp.",
-    "to_k.": "key_mlp.",
-    "to_v.": "value_mlp.",
-    "ln_q.": "query_norm.",
-    "ln_k.": "key_norm.",
-    "ln_v.": "value_norm.",
-    "attn.in_proj_": "in_proj_",
-    "attn.out_proj.": "out_proj.",
-    "to_out.": "output.",
-}
-_PUBLISHED_STREAMS = {"token_packer.": "spatial.", "token_packer_slow.": "slow.", "token_packer_fast.": "fast."}
-_PUBLISHED_WRAPPER = "devide_attention."  # spelled so
+from .published_names import PACKER_PARTS, PACKERS, WRAPPER, rename
 
 
 def _mlp(in_features: int, out_features: int) -> nn.Sequential:
@@ -142,8 +127,8 @@ class PointToRegionPacker(Foldable):
 
     @staticmethod
     def _accept_published_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-        rename(state_dict, prefix, {_PUBLISHED_WRAPPER: ""})
-        rename(state_dict, prefix, _PUBLISHED_PACKER)
+        rename(state_dict, prefix, {WRAPPER: ""})
+        rename(state_dict, prefix, PACKER_PARTS)
 
 
 class SpatialTemporalPacker(nn.Module):
@@ -209,4 +194,4 @@ class SpatialTemporalPacker(nn.Module):
 
     @staticmethod
     def _accept_published_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-        rename(state_dict, prefix, _PUBLISHED_STREAMS)
+        rename(state_dict, prefix, PACKERS)

@@ -4,26 +4,11 @@ from __future__ import annotations
 
 import re
 
-from llava_st_ops.nn.lape import AXES
+from llava_st_ops.nn.lape import PUBLISHED_TABLES
+from llava_st_ops.nn.published_names import PACKER_PARTS, PACKERS, WRAPPER
 
-PACKERS = {"token_packer": "spatial", "token_packer_slow": "slow", "token_packer_fast": "fast"}
-_PACKER_PARTS = {
-    "to_q.": "query_mlp.",
-    "to_k.": "key_mlp.",
-    "to_v.": "value_mlp.",
-    "ln_q.": "query_norm.",
-    "ln_k.": "key_norm.",
-    "ln_v.": "value_norm.",
-    "attn.in_proj_": "in_proj_",
-    "attn.out_proj.": "out_proj.",
-    "to_out.": "output.",
-}
 # Published name of a LAPE table -> what is called so here.
-TABLES = {
-    f"model.{'' if axis == 'temporal' else 'spatial_'}{axis}_{side}_embeddings.weight": f"{axis}_{side}"
-    for axis in AXES
-    for side in ("input", "output")
-}
+TABLES = {f"model.{published}": ours for published, ours in PUBLISHED_TABLES.items()}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 OUR_EMBEDDING, OUR_TABLES = "model.language_model.embed_tokens.weight", "model.visual_tokenizer.lape."
 _LANGUAGE_MODEL = "model.language_model."
@@ -34,9 +19,9 @@ _BEGINNINGS = {
     "model.mm_projector.": "model.visual_tokenizer.projector.",
     "model.vision_tower.vision_tower.vision_model.": "model.vision_tower.",
     **{
-        f"model.vision_resampler.{packer}.devide_attention.{part}": f"model.visual_tokenizer.packer.{ours}.{our_part}"
+        f"model.vision_resampler.{packer}{WRAPPER}{part}": f"model.visual_tokenizer.packer.{ours}{our_part}"
         for packer, ours in PACKERS.items()
-        for part, our_part in _PACKER_PARTS.items()
+        for part, our_part in PACKER_PARTS.items()
     },
     **{table: OUR_TABLES + ours for table, ours in TABLES.items()},
     "model.": _LANGUAGE_MODEL,
