@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .coordinate_text import CoordinateText, from_text, literal, write
-from .geometry import Box, Instant, Item, TimeSpan, Tube, change_units
+from .geometry import Answer, Box, Instant, Item, TimeSpan, Tube, change_units
 from .media import Media
 
 KINDS = ("image", "video")
@@ -38,6 +38,10 @@ class Shown:
     streams: tuple[int, ...]
 
 
+class _Words(CoordinateText):
+    """Words in which nothing stands for anything."""
+
+
 class _Placed(NamedTuple):
     item: Item
     in_fractions: bool
@@ -61,7 +65,8 @@ def read_content(
     go there, and new lines are up to the text.
 
     Args:
-        content: a string, a `CoordinateText`, or a list of parts (see `LlavaStProcessor.apply_chat_template`).
+        content: a string, a `CoordinateText`, an `Answer`, or a list of parts (see
+            `LlavaStProcessor.apply_chat_template`).
         side: `"input"` or `"output"`, of template tokens.
         load: makes a `Shown` of a video or image part.
         current: what seconds and pixels before any video or image of this message refer to.
@@ -71,7 +76,7 @@ def read_content(
     Raises:
         ValueError: for parts that make no sense; the message says which.
     """
-    parts = [content] if isinstance(content, str | CoordinateText) else content
+    parts = [content] if isinstance(content, str | CoordinateText | Answer) else content
     if not isinstance(parts, Sequence):
         raise ValueError(f"content: expected a string or a list of parts, got {type(content).__name__}")
     pieces = _arrange(_fill_placeholders([_piece(part, side, load, unit, coordinates) for part in parts]))
@@ -88,9 +93,13 @@ def read_content(
 
 def _piece(part: Any, side: str, load: Callable[[Mapping[str, Any]], Shown], unit: str, coordinates: bool) -> _Piece:
     if isinstance(part, str):
-        return from_text(part, side) if coordinates else literal(part)
+        return from_text(part, side) if coordinates else _Words(literal(part).text)
     if isinstance(part, CoordinateText):
         return part
+    if isinstance(part, Answer):
+        if part.written is None:
+            raise ValueError("content: an Answer can be said again where it has what the model wrote (Answer.written)")
+        return part.written
     if isinstance(part, Item):
         return _Placed(part, _in_fractions(unit))
     kind = part.get("type") if isinstance(part, Mapping) else None
@@ -115,7 +124,7 @@ def _fill_placeholders(pieces: list[_Piece]) -> list[tuple[_Piece, bool]]:
     filled = [(piece, False) for piece in pieces]
     for kind in KINDS:
         media = [piece for piece in pieces if isinstance(piece, Shown) and piece.media.kind == kind]
-        count = sum(piece.text.count(f"<{kind}>") for piece in pieces if isinstance(piece, CoordinateText))
+        count = sum(piece.text.count(f"<{kind}>") for piece in pieces if _may_place(piece))
         if not media or not count:  # without media these are words like all others
             continue
         if count != len(media):
@@ -123,13 +132,18 @@ def _fill_placeholders(pieces: list[_Piece]) -> list[tuple[_Piece, bool]]:
         waiting = iter(media)
         spread: list[tuple[_Piece, bool]] = []
         for piece, placed in filled:
-            if isinstance(piece, CoordinateText):
+            if _may_place(piece):
                 for i, text in enumerate(piece.split(f"<{kind}>")):
                     spread.append((next(waiting), True) if i % 2 else (text, False))
             elif piece not in media:
                 spread.append((piece, placed))
         filled = spread
     return [(piece, placed) for piece, placed in filled if not isinstance(piece, CoordinateText) or piece.text]
+
+
+def _may_place(piece: _Piece) -> bool:
+    """Whether it is text with places for media in it."""
+    return isinstance(piece, CoordinateText) and not isinstance(piece, _Words)
 
 
 def _arrange(pieces: list[tuple[_Piece, bool]]) -> list[_Piece]:
@@ -169,7 +183,33 @@ def _to_fractions(placed: _Placed, media: Media | None) -> Item:
         raise ValueError(f"content: {item} is in seconds or pixels, but no video or image comes before it")
     if media.kind == "image" and not isinstance(item, Box):
         raise ValueError(f"content: {item} has a time, but what comes before it is an image; give it in fractions")
+    _check_inside(item, media)
     return change_units(media.to_fractions(item), *[lambda value: min(max(value, 0.0), 1.0)] * 3)
+
+
+def _check_inside(item: Item, media: Media) -> None:
+    """That some of an item, in seconds and pixels, is in the clip and the picture, and no end is before its start."""
+    times: list[tuple[float, float]] = []
+    if isinstance(item, TimeSpan):
+        times = [(item.start, item.end)]
+    elif isinstance(item, Instant | Tube):
+        times = [(time, time) for time in (item.times if isinstance(item, Tube) else (item.time,))]
+    boxes = item.boxes if isinstance(item, Tube) else [item] if isinstance(item, Box) else []
+    ranges = [(start, end, media.timestamps[0], media.timestamps[-1], "s") for start, end in times]
+    ranges += [(box.left, box.right, 0, media.width, "pixels") for box in boxes]
+    ranges += [(box.top, box.bottom, 0, media.height, "pixels") for box in boxes]
+    for start, end, first, last, unit in ranges:
+        if end < start:
+            raise ValueError(f"content: {item} ends before it starts")
+        if end < first or start > last:
+            raise ValueError(f"content: {item} lies outside of what is shown, {first:g} to {last:g} {unit}")
+
+
+def check_unchanged(kind: str, part: Mapping[str, Any]) -> None:
+    """That for a video or image that is loaded already no other frames of it are asked for."""
+    for name in ("clip", "num_frames", "fps"):
+        if part.get(name) is not None:
+            raise ValueError(f"content: {name} is for files; this {kind} has been loaded already")
 
 
 def _finite(value: float) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, BitsAndBytesConfig, Cache, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from llava_st_ops.nn import (
@@ -20,12 +20,15 @@ from llava_st_ops.nn import (
 )
 
 from .configuration_llava_st import LlavaStConfig
+from .packed_rows import places_in_samples, without_first_tokens
 from .vision_tower import vision_features
 
 _IMAGE_PLACES = ("im_start", "im_patch", "im_end")
 _VIDEO_PLACES = ("vid_start", "vid_patch", "vid_end", "slow_vid_start", "slow_vid_end")
 # Inputs without a row per sample: pictures of all samples one after the other, or what became of them.
 _MEDIA_INPUTS = ("pixel_values", "pixel_values_videos", "video_frames", "visual_tokens")
+# Modules of `LlavaStForConditionalGeneration` that stay as they are when the language model is quantized.
+NOT_QUANTIZED = ("lm_head", "model.vision_tower", "model.visual_tokenizer")
 # Settings of language models whose heads do more than a matrix product.
 _SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 _PROMPT_INPUTS = (*_MEDIA_INPUTS, "visual_index", "positions")
@@ -60,9 +63,16 @@ class LlavaStPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
+        """As in transformers. `quantization_config` of bitsandbytes is for the language model's layers alone."""
+        if isinstance(quantization := options.get("quantization_config"), BitsAndBytesConfig):
+            quantization = options["quantization_config"] = copy.deepcopy(quantization)
+            skipped = {*(quantization.llm_int8_skip_modules or ()), *NOT_QUANTIZED}
+            quantization.llm_int8_skip_modules = sorted(skipped)
         loaded = super().from_pretrained(*arguments, **options)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.base_model.vision_tower.requires_grad_(False)  # loading makes new parameters
+        if model.can_generate() and model.generation_config.suppress_tokens is None:
+            model.suppress_placeholders()  # a checkpoint without generation_config.json
         tokenizer = model.base_model.visual_tokenizer
         if hasattr(model, "hf_device_map") and not any(p.is_meta for p in tokenizer.parameters()):
             # accelerate's hooks would only move inputs, which `encode` does, and keep the tokenizer from folding.
@@ -179,8 +189,8 @@ class LlavaStModel(LlavaStPreTrainedModel):
         index = torch.where(video, images + count(video) - 1, count(image) - 1)
         index = index.masked_fill(~(image | video), -1)
         if self.config.compat == "released":  # there the places of the fast stream keep their placeholders
-            begun, ended = (places((name,)).cumsum(1) for name in ("vid_start", "vid_end"))
-            index = index.masked_fill((begun > ended) | places(("vid_end",)), -1)
+            fast, slow = (places((name,)).cumsum(1) for name in ("vid_start", "slow_vid_start"))
+            index = index.masked_fill(video & (fast > slow), -1)
         return index
 
     def embed(
@@ -198,7 +208,7 @@ class LlavaStModel(LlavaStPreTrainedModel):
             visual_tokens: what `encode` gives.
             visual_index: what `visual_index` gives; computed from the ids where it is None.
         """
-        weight = self.get_input_embeddings().weight
+        weight = _plain_weight(self.get_input_embeddings(), "the embedding")
         if weight.is_meta and not input_ids.is_meta:
             raise ValueError("the embedding matrix is offloaded; device_map may offload layers, but not this")
         if visual_tokens is not None:
@@ -248,6 +258,13 @@ class LlavaStModel(LlavaStPreTrainedModel):
         )
 
 
+def _plain_weight(module: nn.Module, name: str) -> Tensor:
+    """The weight of a module of which no more than that is used."""
+    if any(hasattr(module, adapter) for adapter in ("lora_A", "lora_embedding_A")):
+        raise ValueError(f"{name} has an adapter, which would be ignored; train it whole (modules_to_save), or in rows")
+    return module.weight
+
+
 def _check_places(visual_index: Tensor, visual_tokens: int) -> None:
     """On the CPU; on a GPU, where this would be waited for, places without a token become NaN."""
     if visual_index.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -256,16 +273,6 @@ def _check_places(visual_index: Tensor, visual_tokens: int) -> None:
             raise ValueError(
                 f"input_ids has places for {places} visual tokens, but the images and videos have {visual_tokens}"
             )
-
-
-def _without_first_tokens(labels: Tensor, attention_mask: Tensor | None, sample: Tensor | None) -> Tensor:
-    """Labels without those of first tokens, which neither padding nor the end of another sample predicts."""
-    first = torch.zeros_like(labels[:, 1:], dtype=torch.bool)
-    if attention_mask is not None and attention_mask.dim() == 2:
-        first |= attention_mask[:, :-1] == 0
-    if sample is not None:
-        first |= sample[:, 1:] != sample[:, :-1]
-    return torch.cat([labels[:, :1], labels[:, 1:].masked_fill(first, -100)], 1)
 
 
 class LlavaStForConditionalGeneration(LlavaStPreTrainedModel, GenerationMixin):
@@ -281,15 +288,35 @@ class LlavaStForConditionalGeneration(LlavaStPreTrainedModel, GenerationMixin):
         for scale in _SCALED_LOGITS:
             if getattr(config.text_config, scale, None) not in (None, 1, 1.0):
                 raise ValueError(f"text_config: models that change their logits ({scale}) are not supported")
-        # Neither stands for itself: they are never an answer.
-        self.generation_config.suppress_tokens = sorted(config.token_ids.values())
+        # What transformers' Trainer asks: whether the loss is divided by num_items_in_batch here, or by the Trainer.
+        self.accepts_loss_kwargs = config.compat == "paper"
+        self.suppress_placeholders()
         self.post_init()
+
+    def suppress_placeholders(self) -> None:
+        """Template and visual tokens do not stand for themselves: they are never an answer."""
+        self.generation_config.suppress_tokens = sorted(self.config.token_ids.values())
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
+
+    def enable_input_require_grads(self) -> None:
+        """Gradients for the language model's input, which re-entrant checkpointing of a frozen model needs."""
+
+        def require(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+            if not options["inputs_embeds"].requires_grad:
+                options["inputs_embeds"].requires_grad_(True)
+
+        self.disable_input_require_grads()
+        self._require_grads = self.model.language_model.register_forward_pre_hook(require, with_kwargs=True)
+
+    def disable_input_require_grads(self) -> None:
+        if getattr(self, "_require_grads", None) is not None:
+            self._require_grads.remove()
+            self._require_grads = None
 
     def encode(self, *arguments: Any, **options: Any) -> Tensor | None:
         """`LlavaStModel.encode`."""
@@ -330,15 +357,18 @@ class LlavaStForConditionalGeneration(LlavaStPreTrainedModel, GenerationMixin):
             video_frames: int64 `[videos]`, the number of frames of each.
             visual_tokens: what `encode` gave, in place of pictures.
             visual_index: see `visual_index`.
-            sample: int64 `[B, L]`, which sample each token of packed rows belongs to. Packed rows need it: no cache is
-                made, and the loss of `compat="released"` averages over each sample first.
+            sample: int64 `[B, L]`, which sample each token of packed rows belongs to. Packed rows need it: position_ids
+                follow from it where there are none, no cache is made, no sample's first token is a target, and the loss
+                of `compat="released"` averages over each sample first.
             num_items_in_batch: what the sum of losses is divided by, where several batches make a step
                 (`compat="paper"`); by default the number of targets.
             logits_to_keep: as in transformers: the last so many, or those at these indices; 0: all. By default all, or,
                 where there are labels, none: the loss does not need them.
         """
+        return_dict = kwargs.pop("return_dict", True)
         if sample is not None:
             kwargs["use_cache"] = False  # with one transformers takes a packed row for one sample
+            position_ids = places_in_samples(sample) if position_ids is None else position_ids
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -356,12 +386,13 @@ class LlavaStForConditionalGeneration(LlavaStPreTrainedModel, GenerationMixin):
         hidden = outputs.last_hidden_state
         loss = logits = None
         if labels is not None:
-            labels = _without_first_tokens(labels.to(hidden.device), attention_mask, sample)
+            labels = without_first_tokens(labels.to(hidden.device), attention_mask, sample)
             loss = self._loss(hidden, labels, positions, sample, num_items_in_batch)
         if labels is None or logits_to_keep is not None:
             kept = logits_to_keep or 0 if not isinstance(logits_to_keep, Tensor) else logits_to_keep
             logits = self.logits(hidden[:, slice(-kept, None) if isinstance(kept, int) else kept])
-        return LlavaStOutput(loss, logits, outputs.cache, outputs.hidden_states, outputs.attentions)
+        output = LlavaStOutput(loss, logits, outputs.cache, outputs.hidden_states, outputs.attentions)
+        return output if return_dict is not False else output.to_tuple()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Last hidden states `[..., C]` -> `[..., V + anchors]`. No matrix of head and tables together is made."""
@@ -388,20 +419,45 @@ class LlavaStForConditionalGeneration(LlavaStPreTrainedModel, GenerationMixin):
             options = {"reduction": "per_sample_sum", "sample": sample}
         else:
             options = {"reduction": "mean", "normalizer": num_items_in_batch}
-        return self.model.lape.loss(hidden, labels, positions, self.lm_head.weight, **options)
+        head = _plain_weight(self.lm_head, "the head")
+        return self.model.lape.loss(hidden, labels, positions, head, **options)
+
+    def generate(self, *arguments: Any, **options: Any) -> Any:
+        """As in transformers, greedy by default; without assisted decoding, which knows no anchors."""
+        settings = options.get("generation_config") or self.generation_config
+        for name in ("assistant_model", "prompt_lookup_num_tokens"):
+            if options.get(name) is not None or getattr(settings, name, None) is not None:
+                raise ValueError(
+                    f"generate: {name} is not supported, since the ids of anchors are beyond the vocabulary"
+                )
+        return super().generate(*arguments, **options)
+
+    def compute_transition_scores(self, *arguments: Any, **options: Any) -> Tensor:
+        """As in transformers."""
+        wide = copy.copy(self)  # transformers takes the number of scores from the config
+        wide.config = copy.deepcopy(self.config)
+        wide.config.text_config.vocab_size += sum(self.config.num_bins) if self.config.lape else 0
+        return GenerationMixin.compute_transition_scores(wide, *arguments, **options)
 
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
+        inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
+        if kwargs.get("sample") is not None:
+            raise ValueError("generate: packed rows cannot be continued; pad the samples on the left")
         prompt = {name: kwargs.pop(name, None) for name in _PROMPT_INPUTS}
         # Without a cache the prompt comes again in every step.
         shows_prompt = is_first_iteration or not kwargs.get("use_cache", True)
         inputs = super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length, is_first_iteration=is_first_iteration, **kwargs
+            input_ids,
+            next_sequence_length,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
         if not shows_prompt or inputs.get("inputs_embeds") is not None:
             return inputs

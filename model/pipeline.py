@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BitsAndBytesConfig, LogitsProcessorList, StoppingCriteriaList
 
+from .content import check_unchanged
 from .coordinate_text import read
 from .generation import CoordinateRecorder, CoordinateSyntax
 from .geometry import Answer, Item
@@ -26,8 +27,7 @@ from .streaming import AnswerStream, AnswerWriter, Cancelled
 from .tasks import TASKS, AnswerError, Task, map_items
 from .video import load_video
 
-# Modules of `LlavaStForConditionalGeneration` that stay as they are when the language model is quantized.
-NOT_QUANTIZED = ("lm_head", "model.vision_tower", "model.visual_tokenizer")
+MAX_NEW_TOKENS = 1024
 
 Message = Mapping[str, Any]
 # A conversation, or a video, image or None, and what is asked about it: text, or text and items, or a task's fields.
@@ -51,12 +51,9 @@ def quantization(bits: int) -> BitsAndBytesConfig:
     """Of the language model's layers, and nothing else, in 4 or 8 bits."""
     if bits not in (4, 8):
         raise ValueError(f"quantize: expected 4 or 8 bits or None, got {bits!r}")
-    skipped = {"llm_int8_skip_modules": list(NOT_QUANTIZED)}
     if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True, **skipped)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16, **skipped
-    )
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
 class LlavaStPipeline:
@@ -65,9 +62,13 @@ class LlavaStPipeline:
     Args:
         model: is put into evaluation mode.
         processor: the model's.
+
+    Raises:
+        ValueError: the processor is of another model; the message says what differs.
     """
 
     def __init__(self, model: LlavaStForConditionalGeneration, processor: LlavaStProcessor) -> None:
+        processor.check_model(model.config)
         self.model = model.eval()
         self.processor = processor
         self.config = model.config
@@ -113,6 +114,7 @@ class LlavaStPipeline:
             fps: see `load_video`.
         """
         if _is_loaded(source):
+            check_unchanged("video", {"num_frames": num_frames, "clip": clip, "fps": fps})
             pixels, media = source
         else:
             size = self.config.vision_config.image_size
@@ -138,7 +140,7 @@ class LlavaStPipeline:
         *,
         decoder: str | None = None,
         constrain: bool | None = None,
-        max_new_tokens: int = 1024,
+        max_new_tokens: int | None = None,
         **options: Any,
     ) -> list[Answer]:
         """The answers to several questions, generated together; greedy, unless `options` say otherwise.
@@ -153,7 +155,7 @@ class LlavaStPipeline:
                 the first, or the second for a model with `compat="released"`.
             constrain: only well-formed coordinates are generated (`CoordinateSyntax`); by default where the task is
                 one of grounding.
-            max_new_tokens: the longest answer.
+            max_new_tokens: the longest answer; by default that of a `generation_config` among the options, or 1024.
             options: of `generate` (`num_beams`, `do_sample`, ...).
 
         Returns:
@@ -174,7 +176,7 @@ class LlavaStPipeline:
         *,
         decoder: str | None = None,
         constrain: bool | None = None,
-        max_new_tokens: int = 1024,
+        max_new_tokens: int | None = None,
         **options: Any,
     ) -> Generator[str, None, Answer]:
         """The answer's text in pieces, while it is generated; the pieces together are `Answer.text`.
@@ -182,6 +184,8 @@ class LlavaStPipeline:
         Whoever stops iterating ends the generation. `answer = yield from pipeline.stream(...)` has the whole answer.
         See `ask_batch` for arguments; beams do not stream.
         """
+        if options.get("num_return_sequences", 1) > 1 or options.get("num_beams", 1) > 1:
+            raise ValueError("stream: one answer is streamed, without beams; ask gives several (num_return_sequences)")
         cancelled = Event()
         stop = StoppingCriteriaList([*options.pop("stopping_criteria", ()), Cancelled(cancelled)])
         with torch.no_grad():
@@ -213,7 +217,7 @@ class LlavaStPipeline:
         task: str | Task | None,
         decoder: str | None,
         constrain: bool | None,
-        max_new_tokens: int,
+        max_new_tokens: int | None,
         options: dict[str, Any],
     ) -> _Run:
         task = _task(task)
@@ -233,7 +237,7 @@ class LlavaStPipeline:
             decoder = "anchor" if self.config.compat == "released" or not self.config.lape else "expectation"
         return _Run(
             pipeline=self,
-            inputs={**self._places(inputs, encoded), **options, "max_new_tokens": max_new_tokens},
+            inputs={**self._places(inputs, encoded), **options, **_limit(max_new_tokens, options)},
             media=[media[-1] if media else None for media in inputs.media],
             task=task,
             decoder=decoder,
@@ -278,8 +282,12 @@ class _Run:
 
     def ends(self) -> set[int]:
         """Ids that end an answer, and what comes behind the end."""
-        config = self.inputs.get("generation_config", self.pipeline.model.generation_config)
-        found = [self.inputs.get(name, getattr(config, name)) for name in ("eos_token_id", "pad_token_id")]
+        # As `generate` finds them: in its arguments, in a config among these, in the model's.
+        configs = [self.inputs.get("generation_config"), self.pipeline.model.generation_config]
+        found = []
+        for name in ("eos_token_id", "pad_token_id"):
+            values = [self.inputs.get(name), *(getattr(config, name, None) for config in configs)]
+            found.append(next((value for value in values if value is not None), None))
         return {int(i) for ids in found if ids is not None for i in (ids if isinstance(ids, Sequence) else [ids])}
 
     def writer(self, sample: int) -> AnswerWriter:
@@ -327,9 +335,9 @@ class _EncodedOnce:
         """The messages with an `EncodedVideo` for each source."""
         self.shown.append([])
         return [
-            message
-            if isinstance(message["content"], str)
-            else {**message, "content": [self._part(part) for part in message["content"]]}
+            {**message, "content": [self._part(part) for part in message["content"]]}
+            if isinstance(message["content"], list | tuple)
+            else message
             for message in messages
         ]
 
@@ -343,6 +351,7 @@ class _EncodedOnce:
         key = (kind, name, *(str(options.get(option)) for option in ("num_frames", "clip")))
         if key not in self._known:
             if isinstance(source, EncodedVideo):
+                check_unchanged(kind, options)
                 self._known[key] = source
             elif kind == "image":
                 self._known[key] = self._pipeline.encode_image(source)
@@ -370,6 +379,14 @@ def _conversation(question: Question, task: Task | None) -> Sequence[Message]:
     for part in [prompt] if isinstance(prompt, str) else prompt:
         content.append({"type": "text", "text": part} if isinstance(part, str) else part)
     return [{"role": "user", "content": content}]
+
+
+def _limit(max_new_tokens: int | None, options: Mapping[str, Any]) -> dict[str, int]:
+    """How long answers may be: what was asked for, or what a generation config says, or the default."""
+    config = options.get("generation_config")
+    if max_new_tokens is None and getattr(config, "max_new_tokens", None) is None:
+        max_new_tokens = MAX_NEW_TOKENS
+    return {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
 
 
 def _is_loaded(source: Any) -> bool:

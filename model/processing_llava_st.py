@@ -17,13 +17,16 @@ from llava_st_ops.nn.lape import AXES
 
 from .chat import CHATML, ROLES, Prompt, control_tokens, first_tokens, target_of, text_around
 from .configuration_llava_st import TEMPLATE_TOKENS, VISUAL_TOKENS, LlavaStConfig, anchor_tokens
-from .content import KINDS, Shown, read_content
+from .content import KINDS, Shown, check_unchanged, read_content
 from .coordinate_text import CoordinateText, literal, spell_out
 from .image import load_image
 from .inputs import LlavaStInputs, pack, pad, pictures
 from .media import Media
 from .tokenizing import to_rows
 from .video import load_video
+
+# Settings that a processor and the configuration have under the same name.
+_SHARED = ("num_frames", "spatial_factor", "temporal_factor", "fast_factor", "pack_images", "compat")
 
 
 class LlavaStProcessor(ProcessorMixin):
@@ -93,26 +96,34 @@ class LlavaStProcessor(ProcessorMixin):
         """
         if chat_template is None and config.compat == "released":
             chat_template = CHATML
-        names = ("num_frames", "spatial_factor", "temporal_factor", "fast_factor", "pack_images", "compat")
         processor = cls(
             tokenizer,
             chat_template,
             image_size=config.vision_config.image_size,
             patch_grid=config.patch_grid,
             num_bins=config.num_bins,
-            **{name: getattr(config, name) for name in names},
+            **{name: getattr(config, name) for name in _SHARED},
         )
-        if processor.first_anchor != config.vocab_size:
+        processor.check_model(config)
+        return processor
+
+    def check_model(self, config: LlavaStConfig) -> None:
+        """That this is the processor of a model with this config; ValueError otherwise."""
+        if self.first_anchor != config.vocab_size:
             raise ValueError(
                 f"tokenizer: expected the first anchor to have the config's vocab_size as id, {config.vocab_size}, got "
-                f"{processor.first_anchor}"
+                f"{self.first_anchor}"
             )
-        for name, token_id in processor.token_ids.items():
+        for name, token_id in self.token_ids.items():
             if token_id != config.token_ids[name]:
                 raise ValueError(
                     f"tokenizer: expected the id {config.token_ids[name]} for {name}, as in the config, got {token_id}"
                 )
-        return processor
+        wanted = {name: getattr(config, name) for name in (*_SHARED, "patch_grid", "num_bins")}
+        del wanted["num_frames"]  # any number works
+        for name, value in {**wanted, "image_size": config.vision_config.image_size}.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"processor: expected {name} {value!r}, as in the config, got {getattr(self, name)!r}")
 
     @property
     def model_input_names(self) -> list[str]:
@@ -144,9 +155,9 @@ class LlavaStProcessor(ProcessorMixin):
         A conversation is a list of messages `{"role": "system" | "user" | "assistant", "content": ...}`, and a content
         a string or a list of
 
-        - strings, or `{"type": "text", "text": ...}`. Coordinates in them are fractions, in LLaVA-ST's forms (see
-          `from_text`); with `"coordinates": False`, and in system prompts, nothing in them is one. `CoordinateText` is
-          taken as it is.
+        - strings, `{"type": "text", "text": ...}`, or an `Answer`: what the model wrote. Coordinates in them are
+          fractions, in LLaVA-ST's forms (see `from_text`); with `"coordinates": False`, and in system prompts, nothing
+          in them is one, nor is `<image>` or `<video>` the place of one. `CoordinateText` is taken as it is.
         - `{"type": "video", "video": source}`, with `"clip": (first, last)`, frames, and `"num_frames"` if wanted, and
           `{"type": "image", "image": source}`: what `load_video` and `load_image` take, what they gave, or something
           already encoded, which has `tokens` and `media`.
@@ -182,6 +193,11 @@ class LlavaStProcessor(ProcessorMixin):
         Raises:
             ValueError: the conversation makes no sense; the message says where.
         """
+        if padding not in (True, False, "longest"):
+            raise ValueError(f"padding: expected True or False, got {padding!r}")
+        for name, value in (("max_length", max_length), ("num_frames", num_frames)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
         if return_tensors != "pt":
             raise ValueError(f"return_tensors: expected 'pt', got {return_tensors!r}")
         batched = bool(conversation) and isinstance(conversation[0], Sequence)
@@ -286,8 +302,10 @@ class LlavaStProcessor(ProcessorMixin):
         kind = part["type"]
         source = part[kind]
         if hasattr(source, "tokens") and hasattr(source, "media"):
+            check_unchanged(kind, part)
             pixels, media = None, source.media
         elif isinstance(source, tuple) and len(source) == 2 and isinstance(source[1], Media):
+            check_unchanged(kind, part)
             pixels, media = source
         elif kind == "image":
             pixels, media = load_image(source, self.image_size)

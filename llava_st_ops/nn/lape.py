@@ -344,6 +344,8 @@ class LanguageAlignedPositionalEmbedding(nn.Module):
         if positions is None:
             return torch.full_like(ids, math.nan, dtype=torch.float64)
         if isinstance(positions, Tensor):
+            if positions.dtype in (torch.bfloat16, torch.float16):  # mixed precision casts what it takes for features
+                raise TypeError(f"positions must be float64 or float32, got {positions.dtype}, which would round them")
             return positions.double()
         return self._tokens().positions(ids, positions)
 

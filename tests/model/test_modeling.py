@@ -11,7 +11,14 @@ from llava_st import LlavaStConfig, LlavaStForConditionalGeneration, LlavaStMode
 from llava_st.tiny import tiny_config, tiny_model
 from llava_st.vision_tower import vision_features
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForImageTextToText, SiglipVisionModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    SiglipVisionModel,
+    Trainer,
+    TrainingArguments,
+)
 
 from tests.model.prompts import batch, packed, sample
 
@@ -443,3 +450,146 @@ def test_packed_images_take_fewer_tokens():
 def test_wrong_configurations_are_refused(wrong):
     with pytest.raises(ValueError, match="compat must be|token_ids has no im_end"):
         tiny_config(**wrong)
+
+
+# What else transformers' users do ------------------------------------------------------------------------------------
+
+
+def test_low_precision_positions_are_refused(model):
+    inputs = sample(model.config, 1, ("temporal_input", 0.603), 2)
+    with pytest.raises(TypeError, match="positions must be float64 or float32, got torch.bfloat16"):
+        model(**{**inputs, "positions": inputs["positions"].bfloat16()})
+
+
+@pytest.mark.parametrize(("target", "name"), [("lm_head", "the head"), (r".*embed_tokens", "the embedding")])
+def test_adapters_that_would_be_ignored_are_refused(target, name):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=4, target_modules=target))
+    inputs = sample(tiny_config(), 1, 2, 3)
+    with pytest.raises(ValueError, match=f"{name} has an adapter"):
+        model(**inputs, labels=inputs["input_ids"])
+    merged = model.merge_and_unload()
+    assert merged(**inputs, labels=inputs["input_ids"]).loss > 0
+
+
+def test_frozen_models_with_adapters_checkpoint_reentrantly():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model().train(), peft.LoraConfig(r=4, target_modules=r".*language_model.*q_proj"))
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    inputs = sample(tiny_config(), ("video", 10), 1, ("temporal_output", 0.3), 2)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert any(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("compat", ["paper", "released"])
+def test_the_trainer_may_accumulate_gradients(compat, tmp_path):
+    inputs = sample(tiny_config(), 1, 2, ("temporal_output", 0.3), 3)
+    row = {**inputs, "labels": inputs["input_ids"]}
+
+    def update(steps: int) -> torch.Tensor:
+        model = tiny_model(compat=compat).train()
+        before = model.lm_head.weight.detach().clone()
+        arguments = TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=steps,
+            max_steps=1,
+            use_cpu=True,
+            report_to=[],
+            remove_unused_columns=False,
+            save_strategy="no",
+            optim="sgd",
+            learning_rate=1.0,
+            max_grad_norm=0,
+            disable_tqdm=True,
+        )
+        Trainer(model, arguments, train_dataset=[row] * 4, data_collator=lambda rows: dict(rows[0])).train()
+        return model.lm_head.weight.detach() - before
+
+    torch.testing.assert_close(update(4), update(1), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("compat", ["paper", "released"])
+@torch.no_grad()
+def test_a_single_frame_whose_fast_block_is_one_token(compat):
+    model = tiny_model(compat=compat)
+    ids = model.config.token_ids
+    block = [ids["vid_start"], ids["slow_vid_start"], *[ids["vid_patch"]] * 7, ids["slow_vid_end"]]
+    pictures = {"pixel_values_videos": torch.randn(1, 3, 36, 36), "video_frames": torch.tensor([1])}
+    embeddings = model.model.embed(torch.tensor([block]), visual_tokens=(tokens := model.encode(**pictures)))
+    fast = tokens[0] if compat == "paper" else model.get_input_embeddings().weight[ids["vid_start"]]
+    torch.testing.assert_close(embeddings[0], torch.cat([fast[None], tokens[1:]]))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "length_penalty": 0.0}])
+def test_transition_scores(model, options):
+    inputs = sample(model.config, ("video", 4), 1, 2)
+    options = {**options, "return_dict_in_generate": True, "output_scores": True}
+    result = model.generate(**inputs, max_new_tokens=5, **options)
+    beams = getattr(result, "beam_indices", None)
+    scores = model.compute_transition_scores(
+        result.sequences, result.scores, beams, normalize_logits=not beams_used(options)
+    )
+    if beams_used(options):
+        torch.testing.assert_close(scores.sum(1), result.sequences_scores)
+    else:
+        best = torch.stack(result.scores, 1).log_softmax(-1).amax(-1)
+        torch.testing.assert_close(scores, best)
+
+
+def beams_used(options: dict) -> bool:
+    return "num_beams" in options
+
+
+def test_generation_from_embeddings(model):
+    inputs = sample(model.config, ("video", 4), 1, 2)
+    pictures = {name: inputs[name] for name in ("pixel_values_videos", "video_frames")}
+    embeddings = model.model.embed(inputs["input_ids"], inputs["positions"], model.encode(**pictures))
+    mask = torch.ones_like(inputs["input_ids"])
+    found = model.generate(inputs_embeds=embeddings, attention_mask=mask, max_new_tokens=6)
+    assert torch.equal(found, generated(model, inputs))
+
+
+def test_what_cannot_be_generated_is_refused(model):
+    inputs = sample(model.config, 1, 2)
+    for options in ({"assistant_model": model}, {"prompt_lookup_num_tokens": 3}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} is not supported"):
+            model.generate(**inputs, **options)
+    with pytest.raises(ValueError, match="packed rows cannot be continued"):
+        model.generate(**packed([inputs, inputs]), max_new_tokens=1)
+
+
+@torch.no_grad()
+def test_packed_rows_know_their_positions(model):
+    inputs = packed([sample(model.config, 1, 2, 3), sample(model.config, 4, 5)])
+    logits = model(**inputs).logits
+    del inputs["position_ids"]
+    assert torch.equal(model(**inputs).logits, logits)
+
+
+def test_outputs_as_a_tuple(model):
+    inputs = sample(model.config, 1, 2)
+    loss, logits, *_ = model(**inputs, labels=inputs["input_ids"], logits_to_keep=0, return_dict=False)
+    assert loss.dim() == 0
+    assert logits.shape[:2] == (1, 2)
+
+
+def test_placeholders_stay_suppressed_without_a_generation_config(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    loaded = LlavaStForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.generation_config.suppress_tokens == sorted(model.config.token_ids.values())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@torch.no_grad()
+def test_a_plain_quantization_config_is_for_the_language_model(tmp_path, model, bits):
+    pytest.importorskip("bitsandbytes")
+    model.save_pretrained(tmp_path)
+    given = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    loaded = LlavaStForConditionalGeneration.from_pretrained(tmp_path, quantization_config=given)
+    assert given.llm_int8_skip_modules is None
+    assert type(loaded.model.visual_tokenizer.projector[0]) is torch.nn.Linear
+    assert type(loaded.model.language_model.layers[0].mlp.up_proj) is not torch.nn.Linear
+    assert loaded(**sample(model.config, ("video", 4), 1, 2)).logits.isfinite().all()

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 from llava_st.coordinate_text import read, write
-from llava_st.geometry import Box, Instant, TimeSpan, Tube
+from llava_st.geometry import Answer, Box, Instant, TimeSpan, Tube
 from llava_st.media import Media
-from llava_st.pipeline import NOT_QUANTIZED, EncodedVideo, LlavaStPipeline, quantization
+from llava_st.modeling_llava_st import NOT_QUANTIZED
+from llava_st.pipeline import EncodedVideo, LlavaStPipeline, quantization
 from llava_st.streaming import AnswerWriter
 from llava_st.tasks import TASKS, CaptionedSpan, Event, SpatioTemporal, map_items
 from llava_st.tiny import tiny_model, tiny_processor
+from llava_st.video import load_video
 from PIL import Image
-from transformers import LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor
 
 from llava_st_ops.backends import forced_backend, use_backend
 
@@ -392,11 +394,10 @@ def test_a_saved_pipeline_answers_likewise(pipeline, saved):
 def test_only_layers_of_the_language_model_are_quantized(bits, pipeline):
     config = quantization(bits)
     assert (config.load_in_4bit, config.load_in_8bit) == (bits == 4, bits == 8)
-    assert config.llm_int8_skip_modules == list(NOT_QUANTIZED)
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     linear = [name for name, module in pipeline.model.named_modules() if isinstance(module, torch.nn.Linear)]
-    changed = [name for name in linear if should_convert_module(name, config.llm_int8_skip_modules)]
+    changed = [name for name in linear if should_convert_module(name, list(NOT_QUANTIZED))]
     assert changed == [name for name in linear if ".language_model.layers." in name]
     assert len(changed) == 14
 
@@ -421,3 +422,52 @@ def test_an_answer_keeps_what_the_model_wrote(pipeline):
     parts, _ = read(answer.written)
     assert tuple(parts) == answer.parts  # in fractions, since nothing was shown
     assert answer.written.positions
+
+
+def test_an_answer_can_be_said_again(pipeline):
+    question = {"role": "user", "content": [{"type": "video", "video": FRAMES}, "x"]}
+    answer = pipeline.ask([question], max_new_tokens=12)
+    again = {"role": "user", "content": "And then?"}
+    inputs = pipeline.processor.apply_chat_template([question, {"role": "assistant", "content": answer}, again])
+    positions = inputs["positions"][~inputs["positions"].isnan()]
+    assert positions.tolist() == pytest.approx(list(answer.written.positions))
+    with pytest.raises(ValueError, match=r"Answer\.written"):
+        pipeline.processor.apply_chat_template([question, {"role": "assistant", "content": Answer(("x",), "x")}])
+    assert pipeline.ask([question, {"role": "assistant", "content": answer}, again], max_new_tokens=4).text
+
+
+def test_a_processor_of_another_model_is_refused(pipeline):
+    model = tiny_model()
+    model.resize_token_embeddings(pad_to_multiple_of=64, mean_resizing=False)
+    with pytest.raises(ValueError, match="expected the first anchor to have the config's vocab_size"):
+        LlavaStPipeline(model, pipeline.processor)
+    for changes in ({"compat": "released"}, {"fast_factor": 1}, {"pack_images": True}):
+        with pytest.raises(ValueError, match=f"expected {next(iter(changes))}"):
+            LlavaStPipeline(tiny_model(**changes), pipeline.processor)
+
+
+def test_a_generation_config_of_ones_own(pipeline):
+    asked = {"do_sample": True, "temperature": 30.0, "top_k": 0}
+    answers = []
+    for options in (asked, {"generation_config": GenerationConfig(**asked)}):
+        torch.manual_seed(0)
+        answers.append(pipeline.ask((FRAMES, "x"), max_new_tokens=400, **options))
+    assert answers[0] == answers[1]
+    assert answers[0].finished
+    short = pipeline.ask((FRAMES, "x"), generation_config=GenerationConfig(max_new_tokens=3))
+    assert len(pipeline.processor.tokenizer(short.written.text)["input_ids"]) <= 3
+
+
+def test_what_is_loaded_has_its_frames(pipeline):
+    encoded = pipeline.encode_video(FRAMES)
+    for shown in (encoded, load_video(FRAMES, 10, 36)):
+        for option in ({"clip": (0, 4)}, {"num_frames": 5}):
+            with pytest.raises(ValueError, match="has been loaded already"):
+                content = [{"type": "video", "video": shown, **option}, "x"]
+                pipeline.ask([{"role": "user", "content": content}], max_new_tokens=1)
+
+
+def test_one_answer_is_streamed(pipeline):
+    for option in ({"num_return_sequences": 2, "do_sample": True}, {"num_beams": 2}):
+        with pytest.raises(ValueError, match="stream: one answer"):
+            list(pipeline.stream((FRAMES, "x"), max_new_tokens=3, **option))

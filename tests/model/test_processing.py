@@ -691,3 +691,36 @@ def test_coordinates_in_text_and_as_parts_are_the_same_prompt(processor):
     as_text = processor([user("Who is at [0.25, 0.5, 0.75, 1.0] in {0.125, 0.5}?")])
     assert torch.equal(as_parts["input_ids"], as_text["input_ids"])
     assert positions(as_parts) == positions(as_text) == [0.25, 0.5, 0.75, 1, 0.125, 0.5]
+
+
+def test_items_outside_of_what_is_shown_are_refused(processor):
+    clip = (torch.zeros(10, 3, 36, 36), Media("video", 60, 40, timestamps=tuple(map(float, range(10)))))
+
+    def ask(item):
+        content = [{"type": "video", "video": clip}, "x", item]
+        return processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+
+    for item in (TimeSpan(20, 25), Instant(-1), Box(70, 0, 80, 10), Tube((3, 30), (Box(0, 0, 9, 9),) * 2)):
+        with pytest.raises(ValueError, match="lies outside of what is shown"):
+            ask(item)
+    for item in (TimeSpan(5, 2), Box(30, 0, 20, 10), Box(0, 10, 20, 5)):
+        with pytest.raises(ValueError, match="ends before it starts"):
+            ask(item)
+    assert "1.0}" in ask(TimeSpan(8, 25))  # what reaches over the end ends there
+
+
+def test_words_that_are_no_places(processor):
+    picture = (torch.zeros(1, 3, 36, 36), Media("image", 60, 40))
+    question = {"type": "text", "text": "What does <image> do in HTML?", "coordinates": False}
+    content = [{"type": "image", "image": picture}, question]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    assert text.count("<image>") == 2
+    assert "What does <image> do in HTML?" in text
+
+
+@pytest.mark.parametrize(
+    "option", [{"max_length": 0}, {"max_length": -5}, {"num_frames": 0}, {"padding": "max_length"}]
+)
+def test_options_that_make_no_sense_are_refused(processor, option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))}: expected"):
+        processor.apply_chat_template([{"role": "user", "content": "x"}], **option)
