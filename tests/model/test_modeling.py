@@ -525,21 +525,13 @@ def test_a_single_frame_whose_fast_block_is_one_token(compat):
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3, "length_penalty": 0.0}])
 def test_transition_scores(model, options):
     inputs = sample(model.config, ("video", 4), 1, 2)
-    options = {**options, "return_dict_in_generate": True, "output_scores": True}
-    result = model.generate(**inputs, max_new_tokens=5, **options)
-    beams = getattr(result, "beam_indices", None)
-    scores = model.compute_transition_scores(
-        result.sequences, result.scores, beams, normalize_logits=not beams_used(options)
-    )
-    if beams_used(options):
+    result = model.generate(**inputs, max_new_tokens=5, return_dict_in_generate=True, output_scores=True, **options)
+    if options:
+        scores = model.compute_transition_scores(result.sequences, result.scores, result.beam_indices)
         torch.testing.assert_close(scores.sum(1), result.sequences_scores)
     else:
-        best = torch.stack(result.scores, 1).log_softmax(-1).amax(-1)
-        torch.testing.assert_close(scores, best)
-
-
-def beams_used(options: dict) -> bool:
-    return "num_beams" in options
+        scores = model.compute_transition_scores(result.sequences, result.scores, normalize_logits=True)
+        torch.testing.assert_close(scores, torch.stack(result.scores, 1).log_softmax(-1).amax(-1))
 
 
 def test_generation_from_embeddings(model):

@@ -462,9 +462,9 @@ def test_what_is_loaded_has_its_frames(pipeline):
     encoded = pipeline.encode_video(FRAMES)
     for shown in (encoded, load_video(FRAMES, 10, 36)):
         for option in ({"clip": (0, 4)}, {"num_frames": 5}):
+            question = {"role": "user", "content": [{"type": "video", "video": shown, **option}, "x"]}
             with pytest.raises(ValueError, match="has been loaded already"):
-                content = [{"type": "video", "video": shown, **option}, "x"]
-                pipeline.ask([{"role": "user", "content": content}], max_new_tokens=1)
+                pipeline.ask([question], max_new_tokens=1)
 
 
 def test_one_answer_is_streamed(pipeline):

@@ -706,7 +706,7 @@ def test_items_outside_of_what_is_shown_are_refused(processor):
     for item in (TimeSpan(5, 2), Box(30, 0, 20, 10), Box(0, 10, 20, 5)):
         with pytest.raises(ValueError, match="ends before it starts"):
             ask(item)
-    assert "1.0}" in ask(TimeSpan(8, 25))  # what reaches over the end ends there
+    assert "<TEMP-INPUT1.0>}" in ask(TimeSpan(8, 25))  # what reaches over the end ends there
 
 
 def test_words_that_are_no_places(processor):
