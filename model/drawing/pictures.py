@@ -14,9 +14,9 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .geometry import Answer, Box, Instant, Item, TimeSpan, Tube
-from .tasks import CaptionedSpan, Event
-from .video import Video, displayed_frames
+from ..geometry import Answer, Box, Instant, Item, TimeSpan, Tube
+from ..tasks import CaptionedSpan, Event
+from ..video import Video, displayed_frames
 
 # Okabe and Ito's, which colour-blind people tell apart, without black.
 COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .drawing import Mark, Shot, box_at, drawing_size, marks, shots, write_video
-from .geometry import Answer, Box, Instant, Tube
-from .video import Video
+from ..geometry import Answer, Box, Instant, Tube
+from ..video import Video
+from .pictures import Mark, Shot, box_at, drawing_size, marks, shots, write_video
 
 _TEMPLATE = """<!DOCTYPE html>
 <html lang="en">

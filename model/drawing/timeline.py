@@ -6,8 +6,8 @@ import textwrap
 import warnings
 from os import PathLike
 
-from .drawing import marks
-from .geometry import Answer, Box, Instant, Tube
+from ..geometry import Answer, Box, Instant, Tube
+from .pictures import marks
 
 MAX_ROWS = 50
 

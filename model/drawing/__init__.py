@@ -1,0 +1,1 @@
+"""Answers as pictures, videos, timelines and pages."""
