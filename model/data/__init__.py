@@ -1,0 +1,1 @@
+"""Training data: records of ST-Align's format, as conversations and as batches. See docs/data.md."""
