@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 from transformers import BitsAndBytesConfig, LogitsProcessorList, StoppingCriteriaList
 
-from .content import check_unchanged
 from .coordinate_text import read
 from .generation import CoordinateRecorder, CoordinateSyntax
 from .geometry import Answer, Item
@@ -23,6 +22,7 @@ from .image import load_image
 from .media import Media
 from .modeling_llava_st import LlavaStForConditionalGeneration
 from .processing_llava_st import LlavaStInputs, LlavaStProcessor
+from .prompting.content import check_unchanged
 from .streaming import AnswerStream, AnswerWriter, Cancelled
 from .tasks import TASKS, AnswerError, Task, map_items
 from .video import load_video

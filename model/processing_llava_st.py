@@ -15,14 +15,14 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from llava_st_ops.nn.lape import AXES
 
-from .chat import CHATML, ROLES, Prompt, control_tokens, first_tokens, target_of, text_around
 from .configuration_llava_st import TEMPLATE_TOKENS, VISUAL_TOKENS, LlavaStConfig, anchor_tokens
-from .content import KINDS, Shown, check_unchanged, read_content
 from .coordinate_text import CoordinateText, literal, spell_out
 from .image import load_image
-from .inputs import LlavaStInputs, pack, pad, pictures
 from .media import Media
-from .tokenizing import to_rows
+from .prompting.chat import CHATML, ROLES, Prompt, control_tokens, first_tokens, target_of, text_around
+from .prompting.content import KINDS, Shown, check_unchanged, read_content
+from .prompting.inputs import LlavaStInputs, pack, pad, pictures
+from .prompting.tokenizing import to_rows
 from .video import load_video
 
 # Settings that a processor and the configuration have under the same name.

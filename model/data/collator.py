@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..inputs import IGNORED, LlavaStInputs
 from ..processing_llava_st import LlavaStProcessor
+from ..prompting.inputs import IGNORED, LlavaStInputs
 from .failures import Failures, SampleName, SkippedSample
 from .training import Sample
 

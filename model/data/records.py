@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..configuration_llava_st import TEMPLATE_TOKENS
-from ..content import KINDS
 from ..coordinate_text import VARIABLES, CoordinateText, from_variables, read, write
+from ..prompting.content import KINDS
 
 ROLES = {"human": "user", "gpt": "assistant"}
 # What can be wrong with a record.

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..content import KINDS
 from ..image import IMAGE_SIZE, load_image
 from ..media import Media
+from ..prompting.content import KINDS
 from ..video import load_video
 from .failures import Failures, SampleName, SkippedSample
 from .records import Message, to_conversation

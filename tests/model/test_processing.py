@@ -18,8 +18,8 @@ from llava_st.coordinate_text import CoordinateText, read, write
 from llava_st.geometry import Box, Instant, TimeSpan, Tube
 from llava_st.media import Media
 from llava_st.processing_llava_st import LlavaStInputs, LlavaStProcessor
+from llava_st.prompting.tokenizing import _is_target
 from llava_st.tiny import tiny_config, tiny_processor, tiny_tokenizer
-from llava_st.tokenizing import _is_target
 from PIL import Image
 from tokenizers import processors
 from transformers import AutoProcessor

@@ -10,9 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .configuration_llava_st import TEMPLATE_TOKENS, VISUAL_TOKENS
+from ..configuration_llava_st import TEMPLATE_TOKENS, VISUAL_TOKENS
+from ..coordinate_text import CoordinateText
 from .content import Shown
-from .coordinate_text import CoordinateText
 
 # ChatML with LLaVA-ST's default system prompt.
 CHATML = """{%- if messages[0]['role'] != 'system' -%}

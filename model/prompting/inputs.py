@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
 
+from ..media import Media
 from .content import Shown
-from .media import Media
 
 IGNORED = -100
 Row = Mapping[str, Tensor]

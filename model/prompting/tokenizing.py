@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..configuration_llava_st import TEMPLATE_TOKENS, VISUAL_TOKENS
 from .chat import TURN_END, TURN_START, Prompt
-from .configuration_llava_st import TEMPLATE_TOKENS, VISUAL_TOKENS
 from .inputs import IGNORED
 
 # Names of the first, the other and the last token of each block of visual tokens.

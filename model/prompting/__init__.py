@@ -1,0 +1,1 @@
+"""The steps from a conversation to the model's inputs: content, chat, tokenizing, inputs."""
