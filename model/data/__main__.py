@@ -73,10 +73,14 @@ def _parser() -> argparse.ArgumentParser:
     synthesize.add_argument("out", type=Path, metavar="OUT", help="a folder")
     synthesize.add_argument("--clips", type=int, required=True)
     synthesize.add_argument("--seed", type=int, default=0)
-    synthesize.add_argument("--split", choices=("train", "held-out"), default="train")
+    synthesize.add_argument("--split", choices=("train", "validation", "held-out"), default="train")
     synthesize.add_argument("--tasks", nargs="+", help="by default all")
     synthesize.add_argument("--size", type=int, help="of the pictures, in pixels")
     synthesize.add_argument("--frames", type=int, help="of a clip")
+    synthesize.add_argument("--objects", type=int, nargs=2, metavar=("FEWEST", "MOST"), help="in a clip")
+    synthesize.add_argument("--questions-per-clip", type=int)
+    synthesize.add_argument("--longest-tube", type=int, help="frames that SVG asks about; 1: a box at a time")
+    synthesize.add_argument("--name", help="of the files of records; several over the same clips")
     return parser
 
 

@@ -1,0 +1,71 @@
+"""`python -m llava_st.train`: trains a stage of LLaVA-ST. See docs/training.md."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .training.settings import published_stages, read_settings
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    changes = list(options.set)
+    if options.packer_between_stages:
+        changes.append(f"packer_between_stages={options.packer_between_stages}")
+    try:
+        settings = read_settings(options.stage, changes)
+        evaluate = _function(options.evaluate) if options.evaluate else None
+        from .training.run import run_stage
+
+        data = options.data or _synthesized(options.out / "data", options.clips, settings.seed)
+        print(run_stage(settings, options.model, data, options.out, options.folder, evaluate))
+    except (OSError, ValueError) as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _synthesized(folder: Path, clips: int, seed: int) -> Path:
+    """Rendered clips of moving shapes, where no data are named. One process renders, the others wait."""
+    from accelerate import PartialState
+
+    from .synthesis import synthesize
+
+    path = folder / "train.yaml"
+    with PartialState().main_process_first():
+        if not path.exists():  # written last
+            synthesize(folder, clips=clips, seed=seed)
+    return path
+
+
+def _function(name: str) -> Callable[..., Any]:
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ValueError(f"evaluate: expected module:function, got {name!r}")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"evaluate: {name}: {error}") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m llava_st.train", description=__doc__)
+    parser.add_argument("stage", help=f"a YAML file, or one of {', '.join(published_stages())}")
+    parser.add_argument("--model", required=True, help="a folder of llava_st.convert or of another stage; or tiny")
+    parser.add_argument("--out", type=Path, required=True, help="for checkpoints and the model; a run there goes on")
+    parser.add_argument("--data", type=Path, help="YAML, or a file of records; by default clips are rendered")
+    parser.add_argument("--folder", type=Path, help="of the media, where --data is a file of records")
+    parser.add_argument("--clips", type=int, default=100, help="how many are rendered where there are no --data")
+    parser.add_argument("--packer-between-stages", choices=("keep", "reset"), help="published: reset")
+    parser.add_argument("--evaluate", metavar="MODULE:FUNCTION", help="called with model, processor and step")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings other than in the YAML")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Training of LLaVA-ST in stages, see docs/training.md."""

@@ -1,0 +1,77 @@
+"""`python -m llava_st.train`."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from llava_st import LlavaStForConditionalGeneration
+from llava_st.train import main
+from PIL import Image
+from safetensors.torch import load_file
+
+FAST = ["bf16=false", "gradient_checkpointing=false", "workers=0", "log_steps=1", "batch_size=2", "accumulation=1"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Eight records: questions about a picture, and about nothing."""
+    Image.fromarray(np.zeros((36, 36, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    records = []
+    for i in range(8):
+        turns = [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "yes " * (i + 1)}]
+        record = {"id": str(i), "conversations": turns, "type": "words"}
+        if i % 2:
+            turns[0]["value"], record["image"], record["type"] = "<image>\nWhere?", "a.png", "picture"
+        records.append(record)
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def packer(folder):
+    return {k: v for k, v in load_file(folder / "model.safetensors").items() if ".packer." in k}
+
+
+def test_stages_follow_one_another(tmp_path, data, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    options = ["--data", str(data), "--packer-between-stages", "keep", "--set", *FAST]
+    assert main(["content", "--model", "tiny", "--out", str(first), *options, "max_steps=2", "save_steps=1"]) == 0
+    assert "content alignment: 65,088 of" in capsys.readouterr().out
+    assert main(["coordinates", "--model", str(first / "model"), "--out", str(second), *options, "lora_rank=2"]) == 0
+    model = LlavaStForConditionalGeneration.from_pretrained(second / "model")
+    assert model.model.lape is not None
+    assert not [name for name, _ in model.named_parameters() if "lora" in name]
+    # Pictures are not packed, so that no gradient moves the packer: it was kept.
+    before, after = packer(first / "model"), packer(second / "model")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert main(["content", "--model", "tiny", "--out", str(first), *options]) == 1
+    assert "the stage is done" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_where_it_was(tmp_path, data, capsys):
+    out = tmp_path / "out"
+    options = ["content", "--model", "tiny", "--out", str(out), "--data", str(data), "--set", *FAST, "save_steps=1"]
+    assert main(options) == 0
+    expected = load_file(out / "model/model.safetensors")
+    (out / "model").rename(tmp_path / "moved")
+    (out / "checkpoint-4" / "weights.safetensors").write_bytes(b"")
+    assert main([*options, "learning_rate=1e-3"]) == 1
+    assert "learning_rate: the run in" in capsys.readouterr().err
+    assert main([*options, "log_steps=2"]) == 0
+    assert "goes on from" in capsys.readouterr().out
+    found = load_file(out / "model/model.safetensors")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_what_is_wrong_is_said_in_a_line(tmp_path, data, capsys):
+    arguments = ["content", "--model", "tiny", "--out", str(tmp_path / "out"), "--data", str(data)]
+    assert main([*arguments, "--set", "deepspeed=zero2.json"]) == 1
+    assert main([*arguments, "--evaluate", "llava_st.nothing:here"]) == 1
+    assert main([*arguments, "--set", "sharding=fsdp2", "bf16=false"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.startswith("train: ") for line in lines] == [True] * 3
+    assert "FSDP2" in lines[0]
+    assert "torchrun" in lines[2]

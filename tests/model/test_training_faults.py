@@ -1,0 +1,153 @@
+"""Training that is killed, runs out of disk, or meets NaN."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from llava_st.training import checkpoints
+from llava_st.training.checkpoints import damage, last_checkpoint, read_tensors, write_checkpoint
+from llava_st.training.trainer import NonFiniteLossError
+
+from tests.model.training_runs import forkserver, losses, recorded_losses, tiny_trainer, train_until_killed
+
+# docs/training.md has what 20 did.
+KILLS = int(os.environ.get("LLAVA_ST_KILLS", "4"))
+WEIGHTS = {"weights.safetensors": {"a": torch.arange(4.0)}}
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Starts a process that trains."""
+
+    def started(*arguments):
+        process = forkserver().Process(target=train_until_killed, args=arguments)
+        process.start()
+        return process
+
+    return started
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory):
+    """The losses of a run that nothing disturbs, and how long it takes."""
+    out = tmp_path_factory.mktemp("whole")
+    process = start(out)
+    while not list(out.glob("checkpoint-*")):
+        time.sleep(0.01)
+    begun = time.monotonic()
+    process.join()
+    assert process.exitcode == 0
+    return recorded_losses(out), time.monotonic() - begun
+
+
+def test_losses_go_on_bitwise_after_kills(start, whole, tmp_path):
+    expected, seconds = whole
+    assert [step for step, _ in expected] == list(range(1, 9))
+    waits = random.Random(0)
+    killed = 0
+    for _ in range(KILLS):
+        process = start(tmp_path)
+        before = set(tmp_path.glob("checkpoint-*"))
+        while process.is_alive() and set(tmp_path.glob("checkpoint-*")) == before:
+            time.sleep(0.005)
+        time.sleep(waits.uniform(0, seconds / 4))
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+    process = start(tmp_path)
+    process.join()
+    assert process.exitcode == 0
+    assert killed
+    assert recorded_losses(tmp_path) == expected
+
+
+@pytest.mark.parametrize("write", [2, 3])
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(start, whole, tmp_path, write):
+    process = start(tmp_path, write)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert list(tmp_path.glob(".partial-*"))
+    last = last_checkpoint(tmp_path)
+    assert (last and last.name) == (None if write == 2 else "checkpoint-1")
+    process = start(tmp_path)
+    process.join()
+    assert recorded_losses(tmp_path) == whole[0]
+    assert not list(tmp_path.glob(".partial-*"))
+
+
+def test_the_last_checkpoints_stay(tmp_path):
+    for step in (1, 2, 10, 3):
+        write_checkpoint(tmp_path, step, WEIGHTS, {"text.json": "{}"}, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-3"]
+    assert torch.equal(read_tensors(tmp_path / "checkpoint-10/weights.safetensors")["a"], torch.arange(4.0))
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "text.json", "manifest.json"])
+@pytest.mark.parametrize("how", ["truncated", "changed", "missing"])
+def test_damaged_checkpoints_are_passed_over(tmp_path, caplog, file, how):
+    for step in (1, 2):
+        write_checkpoint(tmp_path, step, WEIGHTS, {"text.json": "{ }"}, keep=2)
+    path = tmp_path / "checkpoint-2" / file
+    content = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-2] if how == "truncated" else content[:-2] + b"??")
+    assert last_checkpoint(tmp_path).name == "checkpoint-1"
+    assert "checkpoint-2: skipped" in caplog.text
+    assert damage(tmp_path / "checkpoint-1") is None
+
+
+def test_a_full_disk_is_an_error_and_leaves_what_was_there(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, 1, WEIGHTS, {}, keep=1)
+    write = checkpoints.write_safetensors
+
+    def full(path, *arguments):
+        write(path, *arguments)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "write_safetensors", full)
+    with pytest.raises(OSError, match="checkpoint-2 could not be written: No space left"):
+        write_checkpoint(tmp_path, 2, WEIGHTS, {}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert last_checkpoint(tmp_path).name == "checkpoint-1"
+
+
+def test_a_loss_of_nan_stops_and_names_the_sample(tmp_path):
+    trainer = tiny_trainer(tmp_path, size=8, kinds=("video", "text"), batch_size=4)
+    before = trainer.model.lm_head.weight.detach().clone()
+    get = trainer.train_dataset.__class__.__getitem__
+
+    class Broken(trainer.train_dataset.__class__):
+        def __getitem__(self, index):
+            sample = get(self, index)
+            if index == 6:
+                sample.conversation[0]["content"][0]["video"][0][:] = torch.nan
+            return sample
+
+    trainer.train_dataset = Broken(8, ("video", "text"))
+    with pytest.raises(NonFiniteLossError, match=r"memory:6 \(sample 6\)$") as raised:
+        trainer.train()
+    assert "step" in str(raised.value)
+    if not losses(trainer):
+        assert torch.equal(trainer.model.lm_head.weight, before)
+
+
+def test_gradients_of_nan_stop_and_name_the_step(tmp_path):
+    trainer = tiny_trainer(tmp_path, size=4)
+    trainer.model.lm_head.weight.register_hook(lambda gradient: gradient * torch.nan)
+    with pytest.raises(NonFiniteLossError, match="gradient of step 1 is nan: .*memory:3"):
+        trainer.train()
+
+
+def test_a_checkpoint_of_another_stage_is_refused(tmp_path):
+    tiny_trainer(tmp_path, size=4, save_steps=1).train()
+    other = tiny_trainer(tmp_path, size=4, train=("packer",))
+    with pytest.raises(ValueError, match="other parameters"):
+        other.train(resume_from_checkpoint=str(last_checkpoint(tmp_path)))

@@ -1,0 +1,63 @@
+"""One of several processes that train together; the first writes what became of each run."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from llava_st.training.trainer import StageTrainer
+from torch.distributed.tensor import DTensor
+
+from tests.model.training_runs import first_gradients, losses, tiny_trainer
+
+# name -> how the same steps of 8 samples are dealt out, and what else is not as it is by default.
+RUNS = {
+    "paper": {"batch_size": 2, "accumulation": 2},
+    "released": {"batch_size": 2, "accumulation": 2, "compat": "released"},
+    "mixed": {"batch_size": 1, "accumulation": 1, "size": 6},
+    "fsdp2": {"batch_size": 2, "accumulation": 2, "sharding": "fsdp2"},
+    "fsdp2 mixed": {"batch_size": 1, "accumulation": 1, "size": 6, "sharding": "fsdp2"},
+    "fsdp2 adapters": {
+        "batch_size": 4,
+        "sharding": "fsdp2",
+        "train": ("packer", "positions", "embedding"),
+        "lora_rank": 4,
+        "lora_alpha": 8.0,
+    },
+}
+
+
+BF16 = {"batch_size": 4, "bf16": True, "train": ("packer", "positions"), "lora_rank": 4, "lora_alpha": 8.0}
+
+
+def _trained(trainer: StageTrainer) -> StageTrainer:
+    trainer.train()
+    return trainer
+
+
+def train_as(rank: int, port: int, out: Path) -> None:
+    """What a process does."""
+    torch.set_num_threads(1)
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    os.environ.update(world, RANK=str(rank), LOCAL_RANK=str(rank))
+    dist.init_process_group("gloo")
+    found = {}
+    for name, changes in RUNS.items():
+        values, gradients = first_gradients(Path(tempfile.mkdtemp()), **changes)
+        found[name] = values
+        torch.save(gradients, out / f"{name}.{dist.get_rank()}.pt")
+    found["bf16"] = losses(_trained(tiny_trainer(Path(tempfile.mkdtemp()), **BF16, sharding="fsdp2")))
+    folder = out / "resumed"
+    trainer = _trained(tiny_trainer(folder, batch_size=4, epochs=2, sharding="fsdp2", save_steps=1, keep=9))
+    again = tiny_trainer(folder, batch_size=4, epochs=2, sharding="fsdp2")
+    again.train(resume_from_checkpoint=str(folder / "checkpoint-3"))  # in the middle of the second epoch
+    found["resumed"] = [losses(trainer), losses(again)]
+    parameters = dict(again.model.named_parameters())
+    found["plain"] = [name for name, p in parameters.items() if not isinstance(p, DTensor)]
+    if dist.get_rank() == 0:
+        (out / "found.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
