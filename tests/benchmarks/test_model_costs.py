@@ -1,0 +1,36 @@
+"""The page of the model shows what its record says; what the measurement compares is the same function."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from transformers import DynamicCache
+
+from benchmarks import model_costs
+
+
+def test_the_page_is_that_of_its_record():
+    text = model_costs.PAGE.read_text()
+    assert model_costs.page(text, json.loads(model_costs.RECORD.read_text())) == text
+
+
+def test_a_published_step_is_ours_with_matrices_joined(monkeypatch):
+    monkeypatch.setattr(model_costs, "VOCABULARY", 5000)
+    monkeypatch.setattr(model_costs, "WIDTH", 28)
+    model = model_costs.decoding_model(layers=1)
+    allocated = []
+    with torch.no_grad():
+        logits = []
+        for way in (model_costs.published_step, model_costs.our_step):
+            cache = DynamicCache(config=model.config.text_config)
+            model(input_ids=torch.tensor([[1, 2, 3]]), cache=cache)
+            token = torch.tensor([[5000 + 117]])
+            way(model, token, cache)
+            with model_costs.AllocatedBytes() as counter:
+                logits.append(way(model, token, cache))
+            allocated.append(counter.total)
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+    matrix = model.lm_head.weight.nbytes
+    assert allocated[0] > 2 * matrix
+    assert allocated[1] < matrix
