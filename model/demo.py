@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image, ImageDraw
 
+from .answer import Answer
 from .drawing.page import write_image_page, write_video_page
 from .drawing.pictures import Shot, annotate_image, annotate_video, write_video
 from .drawing.timeline import plot_timeline
-from .geometry import Answer
 from .image import Picture, read_image
 from .media import Media
 from .tasks import TASKS, Task

@@ -1,13 +1,9 @@
-"""What answers consist of besides words: points in time, spans, boxes, and boxes that move."""
+"""What prompts and answers consist of besides words: points in time, spans, boxes, and boxes that move."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .coordinate_text import CoordinateText
 
 
 @dataclass(frozen=True)
@@ -69,28 +65,3 @@ def change_units(
         return Box(x(item.left), y(item.top), x(item.right), y(item.bottom))
     boxes = tuple(change_units(box, time, x, y) for box in item.boxes)
     return Tube(tuple(map(time, item.times)), boxes)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model said.
-
-    Attributes:
-        parts: text and items in the order of the answer, in seconds and pixels.
-        text: the answer as one string, coordinates written out.
-        finished: whether the model ended the answer itself (and not the limit of new tokens).
-        problems: what could not be read, in words; empty where all is well.
-        value: what the task's parser made of it, in seconds and pixels; None without a task, and where it could not.
-        written: what the model wrote, with template tokens for coordinates, and these as fractions.
-    """
-
-    parts: tuple[str | Item, ...]
-    text: str
-    finished: bool = True
-    problems: tuple[str, ...] = ()
-    value: object = None
-    written: CoordinateText | None = None
-
-    @property
-    def items(self) -> tuple[Item, ...]:
-        return tuple(part for part in self.parts if not isinstance(part, str))

@@ -15,9 +15,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import BitsAndBytesConfig, LogitsProcessorList, StoppingCriteriaList
 
+from .answer import Answer
 from .coordinate_text import read
 from .generation import CoordinateRecorder, CoordinateSyntax
-from .geometry import Answer, Item
+from .geometry import Item
 from .image import load_image
 from .media import Media
 from .modeling_llava_st import LlavaStForConditionalGeneration

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..geometry import Answer, Box, Instant, Tube
+from ..answer import Answer
+from ..geometry import Box, Instant, Tube
 from ..video import Video
 from .pictures import Mark, Shot, box_at, drawing_size, marks, shots, write_video
 

@@ -14,7 +14,8 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..geometry import Answer, Box, Instant, Item, TimeSpan, Tube
+from ..answer import Answer
+from ..geometry import Box, Instant, Item, TimeSpan, Tube
 from ..tasks import CaptionedSpan, Event
 from ..video import Video, displayed_frames
 

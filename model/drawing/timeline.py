@@ -6,7 +6,8 @@ import textwrap
 import warnings
 from os import PathLike
 
-from ..geometry import Answer, Box, Instant, Tube
+from ..answer import Answer
+from ..geometry import Box, Instant, Tube
 from .pictures import marks
 
 MAX_ROWS = 50

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..geometry import Answer
+from ..answer import Answer
 from ..image import load_image
 from ..media import Media
 from ..pipeline import EncodedVideo, LlavaStPipeline

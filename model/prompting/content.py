@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..answer import Answer
 from ..coordinate_text import CoordinateText, from_text, literal, write
-from ..geometry import Answer, Box, Instant, Item, TimeSpan, Tube, change_units
+from ..geometry import Box, Instant, Item, TimeSpan, Tube, change_units
 from ..media import Media
 
 KINDS = ("image", "video")

@@ -9,7 +9,8 @@ import runpy
 import numpy as np
 import pytest
 from llava_st import demo
-from llava_st.geometry import Answer, Box
+from llava_st.answer import Answer
+from llava_st.geometry import Box
 from llava_st.tasks import TASKS
 from llava_st.video import displayed_frames, load_image
 from PIL import Image

@@ -12,12 +12,13 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from llava_st.answer import Answer
 from llava_st.drawing.page import write_image_page, write_video_page
 from llava_st.drawing.pictures import COLOURS, annotate_image, annotate_video, box_at, drawing_size, is_shown, marks
 from llava_st.drawing.pictures import draw as draw_marks
 from llava_st.drawing.pictures import write_video as write_shots
 from llava_st.drawing.timeline import MAX_ROWS, plot_timeline
-from llava_st.geometry import Answer, Box, Instant, TimeSpan, Tube
+from llava_st.geometry import Box, Instant, TimeSpan, Tube
 from llava_st.tasks import CaptionedSpan, Event
 from llava_st.video import displayed_frames
 from PIL import Image

@@ -8,7 +8,8 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from llava_st.geometry import Answer, Box, Instant, TimeSpan, Tube
+from llava_st.answer import Answer
+from llava_st.geometry import Box, Instant, TimeSpan, Tube
 from llava_st.media import Media
 
 CLIP = Media("video", width=640, height=480, timestamps=(1.0, 2.0, 4.0, 8.0))

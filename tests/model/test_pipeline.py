@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from llava_st.answer import Answer
 from llava_st.coordinate_text import read, write
-from llava_st.geometry import Answer, Box, Instant, TimeSpan, Tube
+from llava_st.geometry import Box, Instant, TimeSpan, Tube
 from llava_st.media import Media
 from llava_st.modeling_llava_st import NOT_QUANTIZED
 from llava_st.pipeline import EncodedVideo, LlavaStPipeline, quantization
