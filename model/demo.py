@@ -104,10 +104,14 @@ def _fields(task: Task | None, prompt: str | None) -> str | Mapping[str, str]:
     """The prompt as the pipeline takes it: in the task's words where these have a place for it."""
     if task is None:
         return prompt or ""
-    names = list(inspect.signature(task.prompt).parameters)
+    fields = inspect.signature(task.prompt).parameters
     if prompt is None:
+        needed = [f.name for f in fields.values() if f.default is f.empty and f.kind is not f.VAR_KEYWORD]
+        if needed:
+            raise ValueError(f"--task {task.name} needs a --prompt: its {needed[0]}")
         return {}
-    return {names[0]: prompt} if names and names[0] in _FIELDS else prompt
+    first = next(iter(fields), None)
+    return {first: prompt} if first in _FIELDS else prompt
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ from typing import get_args
 
 from .evaluation.charades import Unit
 from .evaluation.datasets import EVALUATED_TASKS, read_dataset
-from .evaluation.predictions import read_predictions, replace_file
+from .evaluation.predictions import FileInUseError, PredictionFileError, read_predictions, replace_file
 from .evaluation.report import format_report
 from .evaluation.runner import Processes, launched_processes, predict_all
 from .evaluation.samples import Sample
@@ -38,7 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("\n".join([f"{options.data}: has no usable records", *dataset.broken[:5]]))
     if not options.score_only:
         with launched_processes() as processes:
-            _predict(options, samples, out, processes)
+            try:
+                _predict(options, samples, out, processes)
+            except (PredictionFileError, FileInUseError) as error:
+                parser.error(str(error))
             if processes.rank > 0:
                 return 0
     try:

@@ -29,6 +29,7 @@ from .tasks import TASKS, AnswerError, Task, map_items
 from .video import load_video
 
 MAX_NEW_TOKENS = 1024
+_OF_VIDEOS = ("num_frames", "clip", "fps")  # how a video part is to be loaded
 
 Message = Mapping[str, Any]
 # A conversation, or a video, image or None, and what is asked about it: text, or text and items, or a task's fields.
@@ -347,9 +348,9 @@ class _EncodedOnce:
         if kind not in ("video", "image"):
             return part
         source = part[kind]
-        options = {name: part[name] for name in ("num_frames", "clip") if part.get(name) is not None}
+        options = {name: part[name] for name in _OF_VIDEOS if part.get(name) is not None}
         name = fspath(source) if isinstance(source, str | PathLike) else id(source)
-        key = (kind, name, *(str(options.get(option)) for option in ("num_frames", "clip")))
+        key = (kind, name, *(str(options.get(option)) for option in _OF_VIDEOS))
         if key not in self._known:
             if isinstance(source, EncodedVideo):
                 check_unchanged(kind, options)
@@ -365,6 +366,8 @@ class _EncodedOnce:
 def _conversation(question: Question, task: Task | None) -> Sequence[Message]:
     """A pair of media and prompt as a conversation."""
     if not isinstance(question, tuple):
+        if not all(isinstance(message, Mapping) for message in question):
+            raise ValueError("question: expected messages, or a tuple (video or image, prompt), got a list of others")
         return question
     if len(question) != 2:
         raise ValueError(f"question: expected a conversation or (video or image, prompt), got {len(question)} entries")

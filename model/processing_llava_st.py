@@ -158,7 +158,7 @@ class LlavaStProcessor(ProcessorMixin):
         - strings, `{"type": "text", "text": ...}`, or an `Answer`: what the model wrote. Coordinates in them are
           fractions, in LLaVA-ST's forms (see `from_text`); with `"coordinates": False`, and in system prompts, nothing
           in them is one, nor is `<image>` or `<video>` the place of one. `CoordinateText` is taken as it is.
-        - `{"type": "video", "video": source}`, with `"clip": (first, last)`, frames, and `"num_frames"` if wanted, and
+        - `{"type": "video", "video": source}`, with `"clip": (first, last)`, `"num_frames"` and `"fps"` if wanted, and
           `{"type": "image", "image": source}`: what `load_video` and `load_image` take, what they gave, or something
           already encoded, which has `tokens` and `media`.
         - `Instant`, `TimeSpan`, `Box` and `Tube`, in seconds and pixels of the last video or image before them, or
@@ -311,7 +311,7 @@ class LlavaStProcessor(ProcessorMixin):
             pixels, media = load_image(source, self.image_size)
         else:
             frames = part.get("num_frames") or num_frames or self.num_frames
-            pixels, media = load_video(source, frames, self.image_size, part.get("clip"))
+            pixels, media = load_video(source, frames, self.image_size, part.get("clip"), part.get("fps"))
         if media.kind != kind:
             raise ValueError(f"content: a part of type {kind!r} has {media.kind} data")
         frames = len(media.timestamps)

@@ -20,6 +20,14 @@ from ..coordinate_text import CoordinateText
 from ..media import Media
 
 
+class PredictionFileError(ValueError):
+    """A file of predictions cannot be read, or belongs to another run."""
+
+
+class FileInUseError(RuntimeError):
+    """Another process is writing to a file of predictions."""
+
+
 @dataclass(frozen=True)
 class MediaError:
     """Why there is no answer: the sample's file is not there, or it cannot be read as a video or an image."""
@@ -76,9 +84,9 @@ def read_predictions(path: str | PathLike[str]) -> list[Prediction]:
         try:
             predictions.append(Prediction.from_line(line))
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}, line {number}: not a prediction: {line[:80]!r}") from error
+            raise PredictionFileError(f"{path}, line {number}: not a prediction: {line[:80]!r}") from error
     if len({prediction.index for prediction in predictions}) < len(predictions):
-        raise ValueError(f"{path}: holds several predictions of the same sample")
+        raise PredictionFileError(f"{path}: holds several predictions of the same sample")
     return predictions
 
 
@@ -98,7 +106,7 @@ class PredictionWriter:
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         if not self._lock():
             os.close(self._file)
-            raise RuntimeError(f"{self.path}: another process is writing to it")
+            raise FileInUseError(f"{self.path}: another process is writing to it")
         os.ftruncate(self._file, self.path.read_bytes().rfind(b"\n") + 1)
         os.fsync(self._file)
         sync_folder(self.path.parent)

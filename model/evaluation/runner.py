@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
-from .predictions import Prediction, PredictionWriter, read_predictions, replace_file
+from .predictions import Prediction, PredictionFileError, PredictionWriter, read_predictions, replace_file
 from .samples import Sample
 
 
@@ -86,8 +86,8 @@ def predict_all(
         write: see `PredictionWriter`.
 
     Raises:
-        RuntimeError: another run is writing to the file.
-        ValueError: the file's predictions are of other settings or of other samples.
+        FileInUseError: another run is writing to the file.
+        PredictionFileError: the file's predictions are of other settings or of other samples.
     """
     processes = processes or Processes()
     with _main_file(out, write, settings, retry_errors) if processes.rank == 0 else nullcontext() as main:
@@ -140,7 +140,7 @@ def _without_prediction(samples: Sequence[Sample], predictions: Sequence[Predict
     ids = {prediction.index: prediction.id for prediction in predictions}
     for sample in samples:
         if ids.get(sample.index, sample.id) != sample.id:
-            raise ValueError(
+            raise PredictionFileError(
                 f"{out}: expected predictions of these samples, got {ids[sample.index]!r} for {sample.id!r}; give "
                 "another file or remove this one"
             )
@@ -169,7 +169,7 @@ def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
         f"{name} was {found.get(name)!r}, now {value!r}" for name, value in settings.items() if found.get(name) != value
     ]
     if changed:
-        raise ValueError(
+        raise PredictionFileError(
             f"{out}: holds predictions of other settings: {'; '.join(changed)}; give another file or remove this one "
             f"and {file.name}"
         )

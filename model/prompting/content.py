@@ -100,7 +100,9 @@ def _piece(part: Any, side: str, load: Callable[[Mapping[str, Any]], Shown], uni
     if isinstance(part, Answer):
         if part.written is None:
             raise ValueError("content: an Answer can be said again where it has what the model wrote (Answer.written)")
-        return part.written
+
+        text = part.written.text if side == "output" else part.written.text.replace("-OUTPUT>", "-INPUT>")
+        return CoordinateText(text, part.written.positions)
     if isinstance(part, Item):
         return _Placed(part, _in_fractions(unit))
     kind = part.get("type") if isinstance(part, Mapping) else None

@@ -118,3 +118,9 @@ def test_it_is_a_command(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module("llava_st.demo", run_name="__main__")
     assert "--tiny-random" in capsys.readouterr().out
+
+
+def test_tasks_without_words_of_their_own_need_a_prompt():
+    with pytest.raises(ValueError, match="--task stvg needs a --prompt: its question"):
+        demo._fields(TASKS["stvg"], None)
+    assert demo._fields(TASKS["captioning"], None) == {}

@@ -432,6 +432,10 @@ def test_an_answer_can_be_said_again(pipeline):
     inputs = pipeline.processor.apply_chat_template([question, {"role": "assistant", "content": answer}, again])
     positions = inputs["positions"][~inputs["positions"].isnan()]
     assert positions.tolist() == pytest.approx(list(answer.written.positions))
+    quoted = pipeline.processor.apply_chat_template([{"role": "user", "content": [question["content"][0], answer]}])
+    inputs_of = {pipeline.config.token_ids[name] for name in ("temporal_input", "height_input", "width_input")}
+    ids = quoted["input_ids"][~quoted["positions"].isnan()]
+    assert set(ids.tolist()) <= inputs_of
     with pytest.raises(ValueError, match=r"Answer\.written"):
         pipeline.processor.apply_chat_template([question, {"role": "assistant", "content": Answer(("x",), "x")}])
     assert pipeline.ask([question, {"role": "assistant", "content": answer}, again], max_new_tokens=4).text
@@ -472,3 +476,16 @@ def test_one_answer_is_streamed(pipeline):
     for option in ({"num_return_sequences": 2, "do_sample": True}, {"num_beams": 2}):
         with pytest.raises(ValueError, match="stream: one answer"):
             list(pipeline.stream((FRAMES, "x"), max_new_tokens=3, **option))
+
+
+def test_a_list_of_something_else_is_no_conversation(pipeline):
+    with pytest.raises(ValueError, match=r"expected messages, or a tuple \(video or image, prompt\)"):
+        pipeline.ask(["clip.mp4", "What happens?"])
+
+
+def test_frames_without_times_may_come_at_a_rate(pipeline):
+    part = {"type": "video", "video": FRAMES, "fps": 4}
+    inputs = pipeline.processor.apply_chat_template([{"role": "user", "content": [part, "x"]}])
+    slow = pipeline.processor.apply_chat_template([{"role": "user", "content": [{**part, "fps": 1}, "x"]}])
+    assert inputs.media[0][0].timestamps[-1] == pytest.approx(slow.media[0][0].timestamps[-1] / 4)
+    assert pipeline.ask([{"role": "user", "content": [part, "x"]}], max_new_tokens=2).text
