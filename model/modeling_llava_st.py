@@ -51,6 +51,8 @@ class LlavaStOutput(ModelOutput):
 
 
 class LlavaStPreTrainedModel(PreTrainedModel):
+    """What both models share: loading, saving and initialisation, as in transformers."""
+
     config_class = LlavaStConfig
     base_model_prefix = "model"
     input_modalities = ("image", "video", "text")
@@ -126,7 +128,8 @@ class LlavaStModel(LlavaStPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Images `[N, 3, S, S]` -> visual tokens `[N, rows * columns, C]`, row by row."""
+        """Images `[N, 3, S, S]` with values in [-1, 1], S the tower's `image_size` -> visual tokens
+        `[N, rows * columns, C]`, row by row. Another size: ValueError."""
         features = self._vision_features(pixel_values)
         images = self.visual_tokenizer.images(features.unsqueeze(1))
         if self.config.pack_images:
@@ -137,8 +140,11 @@ class LlavaStModel(LlavaStPreTrainedModel):
         """Visual tokens `[places, C]` of each video: the fast stream frame by frame, then the slow one.
 
         Args:
-            pixel_values_videos: the frames of all videos, one after the other, `[frames, 3, S, S]`.
+            pixel_values_videos: the frames of all videos, one after the other, `[frames, 3, S, S]` in [-1, 1].
             video_frames: int64 `[videos]`, how many frames each has.
+
+        Raises:
+            ValueError: another size of pictures, or another number of frames than video_frames says.
         """
         counts = [int(count) for count in video_frames]
         if sum(counts) != len(pixel_values_videos):
@@ -157,7 +163,10 @@ class LlavaStModel(LlavaStPreTrainedModel):
         pixel_values_videos: Tensor | None = None,
         video_frames: Tensor | None = None,
     ) -> Tensor | None:
-        """Visual tokens `[places, C]` of all images, then of all videos; None where there are neither."""
+        """Visual tokens `[places, C]` of all images, then of all videos; None where there are neither.
+
+        For arguments and errors see `get_image_features` and `get_video_features`.
+        """
         tokens = []
         if pixel_values is not None and len(pixel_values):
             tokens.append(self.get_image_features(pixel_values).flatten(0, 1))
@@ -207,6 +216,11 @@ class LlavaStModel(LlavaStPreTrainedModel):
             positions: float64 `[B, L]`, fractions at template tokens, NaN elsewhere.
             visual_tokens: what `encode` gives.
             visual_index: what `visual_index` gives; computed from the ids where it is None.
+
+        Raises:
+            ValueError: on the CPU, ids out of range, a template token without a position, or another number of places
+                than of visual tokens; on a GPU these rows are NaN. Also an adapter on the embedding, or one offloaded.
+            TypeError: positions in 16 bits.
         """
         weight = _plain_weight(self.get_input_embeddings(), "the embedding")
         if weight.is_meta and not input_ids.is_meta:
@@ -364,6 +378,12 @@ class LlavaStForConditionalGeneration(LlavaStPreTrainedModel, GenerationMixin):
                 (`compat="paper"`); by default the number of targets.
             logits_to_keep: as in transformers: the last so many, or those at these indices; 0: all. By default all, or,
                 where there are labels, none: the loss does not need them.
+
+        Returns:
+            `LlavaStOutput`; with `return_dict=False` a tuple of what it has.
+
+        Raises:
+            ValueError, TypeError: as `LlavaStModel.embed`; of pictures, as `LlavaStModel.get_video_features`.
         """
         return_dict = kwargs.pop("return_dict", True)
         if sample is not None:

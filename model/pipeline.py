@@ -114,6 +114,9 @@ class LlavaStPipeline:
             num_frames: by default the config's.
             clip: see `load_video`.
             fps: see `load_video`.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load_video`.
         """
         if _is_loaded(source):
             check_unchanged("video", {"num_frames": num_frames, "clip": clip, "fps": fps})
@@ -162,6 +165,10 @@ class LlavaStPipeline:
 
         Returns:
             One answer per question; with `num_return_sequences=n`, n per question, in order.
+
+        Raises:
+            FileNotFoundError, ValueError: a question makes no sense, or its media cannot be read; the message says
+                which.
 
         Items are in seconds and pixels of the last video or image that the question shows; in fractions where it shows
         none.
