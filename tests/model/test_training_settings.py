@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
+from llava_st import LlavaStForConditionalGeneration
+from llava_st.checkpoints.published import full_size_config
 from llava_st.tiny import tiny_config, tiny_model, tiny_processor
 from llava_st.training.export import export
 from llava_st.training.rows import needed_rows
 from llava_st.training.run import load, run_stage
 from llava_st.training.settings import PARTS, from_mapping, published_stages, read_settings
 from llava_st.training.sharding import refuse_deepspeed
-from llava_st.training.trainable import describe, optimizer_groups, prepare, reset_packer, saved_by_rows
+from llava_st.training.trainable import (
+    describe,
+    optimizer_bytes,
+    optimizer_groups,
+    prepare,
+    reset_packer,
+    saved_by_rows,
+)
 
 from tests.model.training_runs import SETTINGS
 
@@ -195,3 +205,21 @@ def test_a_stage_that_is_done_is_not_trained_again(tmp_path):
     (tmp_path / "model").mkdir()
     with pytest.raises(FileExistsError, match="the stage is done"):
         run_stage(SETTINGS, "tiny", "none.json", tmp_path)
+
+
+@pytest.mark.parametrize("stage", ["content", "coordinates"])
+def test_the_page_states_the_memory_of_the_published_size(stage):
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    moments = []
+    for rows in ("all", "needed"):
+        settings = read_settings(stage, [f"embedding_rows={rows}"])
+        config = full_size_config()
+        config.lape, config.compat = settings.positions, "released"
+        with torch.device("meta"):
+            model = LlavaStForConditionalGeneration(config)
+        count = sum(each.numel for each in prepare(model, settings))
+        moments.append(f"{optimizer_bytes(count) / 1e6:,.0f} MB")
+    row = next(line for line in page.splitlines() if line.startswith(f"| `{stage}`") and "MB" in line)
+    assert row.endswith(f"| {moments[0]} | {moments[1]} |")
+    saved, gradients = (f"{nbytes / 1e6:,.0f} MB" for nbytes in saved_by_rows(model))
+    assert f"saves {saved} of AdamW's moments and {gradients}" in page
