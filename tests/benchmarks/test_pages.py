@@ -1,18 +1,20 @@
-"""The page of the model shows what its record says; what the measurement compares is the same function."""
+"""Pages show what their records say; what the measurement compares is the same function."""
 
 from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 from transformers import DynamicCache
 
-from benchmarks import model_costs
+from benchmarks import model_costs, synthesis
 
 
-def test_the_page_is_that_of_its_record():
-    text = model_costs.PAGE.read_text()
-    assert model_costs.page(text, json.loads(model_costs.RECORD.read_text())) == text
+@pytest.mark.parametrize("benchmark", [model_costs, synthesis])
+def test_the_page_is_that_of_its_record(benchmark):
+    text = benchmark.PAGE.read_text()
+    assert benchmark.page(text, json.loads(benchmark.RECORD.read_text())) == text
 
 
 def test_a_published_step_is_ours_with_matrices_joined(monkeypatch):
