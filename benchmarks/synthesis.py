@@ -71,7 +71,8 @@ def tables(record: dict[str, Any]) -> str:
     rows += [
         "",
         f"**{environment['device']}**, one thread, load average at the start "
-        f"{environment['cpu']['load_average_1min']:.1f}, {environment['date'][:10]}, commit {environment['commit'][:12]},",
+        f"{environment['cpu']['load_average_1min']:.1f}, {environment['date'][:10]}, "
+        f"commit {environment['commit'][:12]},",
         f"`benchmarks/results/{RECORD.name}`: {quick['clips_per_second']:.0f} clips a second are rendered, encoded and",
         f"written; `load_video` takes {reading['median_ms']:.0f} ms ({reading['p10_ms']:.0f}..{reading['p90_ms']:.0f}) "
         f"for 20 frames, and a clip {quick['bytes_per_clip'] / 1e3:.0f} kB of the disk.",
