@@ -11,10 +11,10 @@ from transformers import DynamicCache
 from benchmarks import model_costs, synthesis
 
 
-@pytest.mark.parametrize("benchmark", [model_costs, synthesis])
-def test_the_page_is_that_of_its_record(benchmark):
-    text = benchmark.PAGE.read_text()
-    assert benchmark.page(text, json.loads(benchmark.RECORD.read_text())) == text
+@pytest.mark.parametrize("source", [model_costs, synthesis])
+def test_the_page_is_that_of_its_record(source):
+    text = source.PAGE.read_text()
+    assert source.page(text, json.loads(source.RECORD.read_text())) == text
 
 
 def test_a_published_step_is_ours_with_matrices_joined(monkeypatch):
