@@ -151,7 +151,7 @@ def refcoco_pair(scene: Scene, index: int, size: int) -> tuple[Record, Record]:
 
 def describe(shape: MovingShape) -> str:
     """What happens: `a red circle moves left`."""
-    return f"a {shape.name} moves {shape.direction}"
+    return f"{_with_article(shape.name)} moves {shape.direction}"
 
 
 def _stvg(scene: Scene, rng: np.random.Generator) -> Iterator[Turn]:
@@ -207,7 +207,7 @@ def _reg(scene: Scene, rng: np.random.Generator) -> Iterator[Turn]:
     task, frame = TASKS["reg"], still_frame(scene)
     for shape in scene.objects:
         if shape.visible(frame):
-            yield task.prompt(shape.box(frame)), task.answer(f"a {shape.name}")
+            yield task.prompt(shape.box(frame)), task.answer(_with_article(shape.name))
 
 
 def _captioning(scene: Scene, rng: np.random.Generator) -> Iterator[Turn]:
@@ -244,7 +244,7 @@ def _short_questions(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[s
     names = [shape.name for shape in scene.objects]
     absent = [name for shape, colour in pairs if (name := f"{colour} {shape}") not in names]
     name, answer = (_draw(rng, names), "yes") if rng.random() < 0.5 else (_draw(rng, absent), "no")
-    yield f"Is there a {name} in the video?", answer
+    yield f"Is there {_with_article(name)} in the video?", answer
     if len(scene.objects) > 1:
         one, other = _shuffled(rng, list(scene.objects))[:2]
         if one.first != other.first:
@@ -284,6 +284,10 @@ def _in_pixels(shape: MovingShape, frame: int, size: int) -> list[float]:
     """Left, top, width and height."""
     box = shape.box(frame)
     return [box.left * size, box.top * size, shape.width * size, shape.height * size]
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def _plural(shape: str) -> str:

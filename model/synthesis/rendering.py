@@ -17,6 +17,10 @@ RGB = {
     "cyan": (60, 215, 225),
     "blue": (45, 70, 215),
     "purple": (175, 50, 205),
+    "white": (250, 250, 250),
+    "pink": (250, 150, 190),
+    "orange": (240, 130, 30),
+    "black": (5, 5, 5),
 }
 _MASK = 240  # cells of a shape's drawing, each way
 _BLOTCHES = 6  # each way

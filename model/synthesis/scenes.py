@@ -12,13 +12,14 @@ import numpy as np
 from ..geometry import Box, TimeSpan, Tube
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
-COLOURS = ("red", "yellow", "green", "cyan", "blue", "purple")
+COLOURS = ("red", "yellow", "green", "cyan", "blue", "purple", "white", "pink", "orange", "black")
 # Held-out and validation clips are harder: these have at least three objects.
 SPLITS = ("train", "validation", "held-out")
 
-# (shape, colour). Two of the six colours of each shape, and of the six shapes of each colour, are held out, in a cycle,
-# so that each held-out pair shares its colour with one other and its shape with another.
-HELD_OUT_PAIRS = tuple((shape, COLOURS[(i + step) % len(COLOURS)]) for i, shape in enumerate(SHAPES) for step in (0, 1))
+# (shape, colour). Two colours of each shape, and two shapes of each of the first six colours, are held out, in a cycle,
+# so that each held-out pair shares its colour with one other and its shape with another. The other colours are there so
+# that a shape is seen in most of them: with six, models took "red, so no circle" for a rule.
+HELD_OUT_PAIRS = tuple((shape, COLOURS[(i + step) % len(SHAPES)]) for i, shape in enumerate(SHAPES) for step in (0, 1))
 TRAINING_PAIRS = tuple(
     (shape, colour) for shape in SHAPES for colour in COLOURS if (shape, colour) not in HELD_OUT_PAIRS
 )
@@ -267,7 +268,7 @@ def _overlap(a: Box, b: Box) -> float:
 
 def _background(rng: np.random.Generator, noise: tuple[int, ...]) -> Background:
     """Greyish and neither black nor white, so that all colours stand out."""
-    greys = (_between(rng, 50, 190), _between(rng, 50, 190))
+    greys = (_between(rng, 80, 170), _between(rng, 80, 170))
     colours = tuple(tuple(grey + _between(rng, -18, 18) for _ in range(3)) for grey in greys)
     direction = (_between(rng, -1, 1), _between(rng, -1, 1))
     return Background(colours, direction, blotches=_between(rng, 0, 25), grain=_between(rng, 0, 8), noise=noise)

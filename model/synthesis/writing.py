@@ -29,7 +29,7 @@ from .scenes import SPLITS, Scene, make_scene
 
 _SETTINGS = "settings.json"
 # Of the pictures. A change here, in scenes or in rendering makes other files for the same seed.
-_VERSION = 1
+_VERSION = 2
 
 
 def synthesize(
