@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Literal
 
 from ..coordinate_text import CoordinateText
+from ..durable import sync_folder
 from ..media import Media
 
 
@@ -157,12 +158,3 @@ def replace_file(path: str | PathLike[str], content: bytes) -> None:
         os.fsync(file.fileno())
     os.replace(new, path)
     sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Puts on disk which files are in a folder."""
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..checkpoints.reading import TensorSpec
 from ..checkpoints.writing import write_safetensors
+from ..durable import sync_folder
 
 _logger = logging.getLogger(__name__)
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -52,11 +53,11 @@ def write_checkpoint(
             _write_text(partial / file, text)
         manifest = {path.name: [path.stat().st_size, _checksum(path)] for path in sorted(partial.iterdir())}
         _write_text(partial / _MANIFEST, json.dumps(manifest, indent=2))
-        _sync(partial)
+        sync_folder(partial)
         if (folder / name).exists():  # a damaged one, or training was begun anew from an earlier one
             shutil.rmtree(folder / name)
         partial.rename(folder / name)
-        _sync(folder)
+        sync_folder(folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(error.errno, f"{name} could not be written: {error.strerror}", str(folder)) from error
@@ -124,15 +125,6 @@ def _checksum(path: Path) -> int:
         while piece := file.read(1 << 22):
             checksum = zlib.crc32(piece, checksum)
     return checksum
-
-
-def _sync(folder: Path) -> None:
-    """The names in a folder, too, are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def optimizer_tensors(
