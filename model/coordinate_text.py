@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+from llava_st_ops.nn import lape
+
 from .configuration_llava_st import TEMPLATE_TOKENS
 from .geometry import Box, Instant, Item, TimeSpan, Tube
 
 SIDES = ("input", "output")
 # Names of the lists of positions in LLaVA-ST's annotations, one for each template token.
-VARIABLES = {
-    token: f"{'' if kind.startswith('temporal') else 'spatial_'}{kind}_locations"
-    for kind, token in TEMPLATE_TOKENS.items()
-}
+VARIABLES = {token: lape.VARIABLES[kind] for kind, token in TEMPLATE_TOKENS.items()}
 _TOKEN = re.compile("|".join(map(re.escape, TEMPLATE_TOKENS.values())))
 _T, _H, _W = (f"<{axis}-(?:INPUT|OUTPUT)>" for axis in ("TEMP", "HEIGHT", "WIDTH"))
 _SPAN_ENDS = ("<TEMP-INPUT>} ", "<TEMP-OUTPUT>} ")

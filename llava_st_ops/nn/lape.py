@@ -28,7 +28,7 @@ PUBLISHED_TABLES = {
     for side in ("input", "output")
 }
 # Lists of positions in the annotations of LLaVA-ST: one per template token.
-_VARIABLES = {
+VARIABLES = {
     f"{axis}_{side}": f"{'' if axis == 'temporal' else 'spatial_'}{axis}_{side}_locations"
     for axis in AXES
     for side in ("input", "output")
@@ -80,7 +80,7 @@ class CoordinateTokens:
         rows = ids.cpu()
         positions = torch.full(rows.shape, math.nan, dtype=torch.float64)
         for sample, lists in enumerate(variables):
-            for kind, name in _VARIABLES.items():
+            for kind, name in VARIABLES.items():
                 at = (rows[sample] == getattr(self, kind)).nonzero().squeeze(1)
                 values = list(lists.get(name) or ())
                 if len(values) < len(at):
@@ -97,7 +97,7 @@ class CoordinateTokens:
         Raises:
             ValueError: one has none; the message names sample and position.
         """
-        missing = (self.axis_of(ids, tuple(_VARIABLES)) >= 0) & positions.isnan()
+        missing = (self.axis_of(ids, tuple(VARIABLES)) >= 0) & positions.isnan()
         if missing.any():
             *sample, at = missing.nonzero()[0].tolist()
             where = f"sample {sample[0]}, position {at}" if sample else f"position {at}"
@@ -223,7 +223,7 @@ class LanguageAlignedPositionalEmbedding(nn.Module):
         """
         tokens = self._tokens()
         released = self.compat == "released"
-        axis = tokens.axis_of(input_ids, [k for k in _VARIABLES if not (released and k == "width_input")])
+        axis = tokens.axis_of(input_ids, [k for k in VARIABLES if not (released and k == "width_input")])
         places = self._positions(positions, input_ids)
         if visual is None:
             visual = embed_weight.new_zeros(0, embed_weight.shape[1])
