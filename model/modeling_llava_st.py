@@ -18,6 +18,7 @@ from llava_st_ops.nn import (
     SpatialTemporalPacker,
     VisualTokenizer,
 )
+from llava_st_ops.ops.checks import can_read
 
 from .configuration_llava_st import LlavaStConfig
 from .packed_rows import places_in_samples, without_first_tokens
@@ -112,6 +113,7 @@ class LlavaStModel(LlavaStPreTrainedModel):
         self.vision_tower.requires_grad_(False)
         self.visual_tokenizer = VisualTokenizer(projector, lape, packer, execution=config.packer_execution)
         self.language_model = AutoModel.from_config(config.text_config)
+        self.trainable_rows: nn.Module | None = None  # training's, in place of rows of a frozen embedding
         embedding = self.language_model.get_input_embeddings()
         if type(embedding) is not nn.Embedding:
             raise ValueError(f"text_config: its model has no plain embedding, but a {type(embedding).__name__}")
@@ -231,11 +233,15 @@ class LlavaStModel(LlavaStPreTrainedModel):
                 visual_index = self.visual_index(input_ids)
                 _check_places(visual_index, len(visual_tokens))
         if self.lape is not None:
-            return self.lape.embed(input_ids, weight, positions, visual=visual_tokens, visual_index=visual_index)
-        words = nn.functional.embedding(input_ids, weight)
-        if visual_tokens is None:
-            return words
-        return torch.where(visual_index.unsqueeze(-1) >= 0, visual_tokens[visual_index.clamp(min=0)], words)
+            embeds = self.lape.embed(input_ids, weight, positions, visual=visual_tokens, visual_index=visual_index)
+        else:
+            embeds = nn.functional.embedding(input_ids, weight)
+            if visual_tokens is not None:
+                visual = visual_tokens[visual_index.clamp(min=0)]
+                embeds = torch.where(visual_index.unsqueeze(-1) >= 0, visual, embeds)
+        if self.trainable_rows is not None:
+            embeds = self.trainable_rows(embeds, input_ids, visual_index)
+        return embeds
 
     def _vision_features(self, pixels: Tensor) -> Tensor:
         features = vision_features(self.vision_tower, pixels, self.config.vision_chunk_frames)
@@ -281,7 +287,7 @@ def _plain_weight(module: nn.Module, name: str) -> Tensor:
 
 def _check_places(visual_index: Tensor, visual_tokens: int) -> None:
     """On the CPU; on a GPU, where this would be waited for, places without a token become NaN."""
-    if visual_index.device.type == "cpu" and not torch.compiler.is_compiling():
+    if can_read(visual_index):
         places = int(visual_index.max()) + 1
         if places != visual_tokens:
             raise ValueError(
@@ -421,6 +427,17 @@ class LlavaStForConditionalGeneration(LlavaStPreTrainedModel, GenerationMixin):
             return words
         return torch.cat([words, *(hidden @ table.to(hidden).T for table in self.model.lape.output_tables())], -1)
 
+    def token_losses(self, hidden: Tensor, labels: Tensor, positions: Tensor | None) -> Tensor:
+        """What each token loses that predicts the next, 0 where that is no target: `[B, L]`, in float32 or better."""
+        if self.model.lape is not None:
+            head = _plain_weight(self.lm_head, "the head")
+            return self.model.lape.loss(hidden, labels, positions, head, reduction="none")
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)  # the first stage: words alone
+        active = targets != -100
+        logits = self.lm_head(hidden[active]).float()
+        losses = nn.functional.cross_entropy(logits, targets[active], reduction="none")
+        return losses.new_zeros(targets.shape).masked_scatter(active, losses)
+
     def _loss(
         self,
         hidden: Tensor,
@@ -429,12 +446,10 @@ class LlavaStForConditionalGeneration(LlavaStPreTrainedModel, GenerationMixin):
         sample: Tensor | None,
         num_items_in_batch: int | Tensor | None,
     ) -> Tensor:
-        if self.model.lape is None:  # the first stage: words alone
-            active = labels[:, 1:] != -100
-            losses = nn.functional.cross_entropy(
-                self.lm_head(hidden[:, :-1][active]).float(), labels[:, 1:][active], reduction="sum"
-            )
-            return losses / (active.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+        if self.model.lape is None:
+            targets = (labels[:, 1:] != -100).sum().clamp(min=1)
+            losses = self.token_losses(hidden, labels, positions).sum()
+            return losses / (targets if num_items_in_batch is None else num_items_in_batch)
         if self.config.compat == "released":
             options = {"reduction": "per_sample_sum", "sample": sample}
         else:

@@ -56,7 +56,7 @@ def merged(model: LlavaStForConditionalGeneration, name: str) -> Tensor:
         a, b = (whole_tensor(side["default"].weight).float() for side in (module.lora_A, module.lora_B))
         return torch.addmm(tensor.float(), b, a, alpha=module.scaling["default"])
     tensor = whole_tensor(getattr(module, leaf))
-    rows = getattr(model.model, "trainable_rows", None)
+    rows = model.model.trainable_rows
     if rows is not None and module is model.get_input_embeddings():
         return rows.merged(tensor, whole_tensor(rows.weight))
     return tensor

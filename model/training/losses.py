@@ -33,7 +33,7 @@ class StepLoss:
     def __call__(
         self, hidden: Tensor, labels: Tensor, positions: Tensor | None, sample: Tensor | None, items: Tensor | None
     ) -> Tensor:
-        losses = self._token_losses(hidden, labels, positions).flatten()
+        losses = self._model.token_losses(hidden, labels, positions).flatten()
         sample = _samples(labels, sample)
         active = nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1)).flatten()
         number = int(sample.max()) + 1
@@ -47,17 +47,6 @@ class StepLoss:
             items = targets.sum() if items is None else items
             loss = sums.sum()
         return loss / torch.as_tensor(items, device=loss.device).clamp(min=1) + 0 * self._vision()
-
-    def _token_losses(self, hidden: Tensor, labels: Tensor, positions: Tensor | None) -> Tensor:
-        """`[B, L]`: what each token loses that predicts the next; 0 where that is no target."""
-        lape, weight = self._model.model.lape, self._model.lm_head.weight
-        if lape is not None:
-            return lape.loss(hidden, labels, positions, weight, reduction="none")
-        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        active = targets != IGNORED
-        logits = self._model.lm_head(hidden[active]).float()
-        losses = nn.functional.cross_entropy(logits, targets[active], reduction="none")
-        return losses.new_zeros(targets.shape).masked_scatter(active, losses)
 
     def _vision(self) -> Tensor | int:
         """A number that depends on all of the vision path's parameters.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +24,7 @@ def needed_rows(config: LlavaStConfig) -> list[int]:
 
 
 class TrainableRows(nn.Module):
-    """Rows that stand in for those of a frozen embedding matrix. Hooks put them into what the language model reads.
+    """Rows that stand in for those of a frozen embedding matrix; `LlavaStModel.embed` puts them in their places.
 
     Args:
         model: whose embedding it is.
@@ -51,10 +49,9 @@ class TrainableRows(nn.Module):
         model.get_input_embeddings().weight.requires_grad_(False)
         rows = cls(model.model, ids)
         model.model.trainable_rows = rows
-        model.model.register_forward_pre_hook(rows._embed, with_kwargs=True)
         return rows
 
-    def place(self, embedded: Tensor, input_ids: Tensor, visual_index: Tensor | None) -> Tensor:
+    def forward(self, embedded: Tensor, input_ids: Tensor, visual_index: Tensor | None) -> Tensor:
         """`[B, L, C]` with these rows where their ids stand, and no visual token does."""
         free = torch.ones_like(input_ids, dtype=torch.bool) if visual_index is None else visual_index < 0
         rows = self.weight.to(embedded)
@@ -67,18 +64,3 @@ class TrainableRows(nn.Module):
         result = weight.clone()
         result[self.ids] = rows.to(result)
         return result
-
-    def _embed(self, model: LlavaStModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        input_ids = kwargs.get("input_ids")
-        if input_ids is None:
-            return args, kwargs
-        media = {name: kwargs.pop(name, None) for name in ("pixel_values", "pixel_values_videos", "video_frames")}
-        tokens, index = kwargs.pop("visual_tokens", None), kwargs.pop("visual_index", None)
-        if tokens is None:
-            tokens = model.encode(**media)
-        embedded = model.embed(input_ids, kwargs.pop("positions", None), tokens, index)
-        if tokens is not None and index is None:
-            index = model.visual_index(input_ids)
-        kwargs["inputs_embeds"] = self.place(embedded, input_ids, index)
-        kwargs["input_ids"] = None
-        return args, kwargs

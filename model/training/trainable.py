@@ -131,7 +131,7 @@ def _parameters(model: LlavaStForConditionalGeneration, part: str, settings: Sta
     if part == "language_model":
         return [p for p in inner.language_model.parameters() if p is not embedding.weight]
     if part == "embedding":
-        rows = getattr(inner, "trainable_rows", None)
+        rows = inner.trainable_rows
         needed = [] if rows is None else list(rows.parameters())
         return [embedding.weight] if settings.embedding_rows == "all" else needed
     modules = {"positions": inner.lape, "packer": inner.visual_tokenizer.packer, "head": model.lm_head}
