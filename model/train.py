@@ -63,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--clips", type=int, default=100, help="how many are rendered where there are no --data")
     parser.add_argument("--packer-between-stages", choices=("keep", "reset"), help="published: reset")
     parser.add_argument("--evaluate", metavar="MODULE:FUNCTION", help="called with model, processor and step")
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings other than in the YAML")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="settings other than in the YAML"
+    )
     return parser
 
 

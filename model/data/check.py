@@ -5,12 +5,13 @@ from __future__ import annotations
 import multiprocessing
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from itertools import islice
 from os import PathLike
 from typing import NamedTuple
 
-from .files import is_lines
 from .records import Message, Problem, find_problems, has_coordinates
 from .sources import Source
 from .table import Entry, RecordTable
@@ -94,16 +95,45 @@ def check(
 
 
 def _in_processes(check_one: partial[Checked], entries: Iterable[Entry], workers: int) -> Iterator[Checked]:
-    remaining, context = iter(entries), multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with context.Pool(workers) as pool:
-        # A window at a time: `imap` would read all of them first.
+    remaining, pool = iter(entries), _pool(workers)
+    try:
+        # A window at a time: `map` reads all of them first.
         while window := list(islice(remaining, _WINDOW * workers)):
-            yield from pool.map(check_one, window, chunksize=_WINDOW // 8)
+            try:
+                yield from list(pool.map(check_one, window, chunksize=_WINDOW // 8))
+            except BrokenProcessPool:  # a decoder crashed: one after another, to find out where
+                pool.shutdown()
+                yield from _one_by_one(check_one, window)
+                pool = _pool(workers)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _one_by_one(check_one: partial[Checked], entries: Iterable[Entry]) -> Iterator[Checked]:
+    pool = _pool(1)
+    try:
+        for entry in entries:
+            try:
+                yield pool.submit(check_one, entry).result()
+            except BrokenProcessPool:
+                checked = _check(entry, None)
+                problem = Problem("media undecodable", "the process that decoded them died")
+                yield checked._replace(problems=(*checked.problems, problem))
+                pool.shutdown()
+                pool = _pool(1)
+    finally:
+        pool.shutdown()
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    """Processes whose end is an error; one of `multiprocessing.Pool` would be waited for."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return ProcessPoolExecutor(workers, context)
 
 
 def _check(entry: Entry, media_frames: int | None) -> Checked:
-    place = entry.place if is_lines(entry.source.file) else f"{entry.place} (record {entry.index})"
+    place = entry.place
     problems = [Problem("not JSON", entry.problem)] if entry.problem else []
     try:
         record = entry.record()

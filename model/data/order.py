@@ -25,20 +25,21 @@ def shuffled(size: int, *key: int | str) -> np.ndarray:
     return np.argsort(z ^ (z >> np.uint64(31)), kind="stable")
 
 
-class EpochSampler(Sampler[int]):
+class EpochSampler(Sampler[int | None]):
     """All indices below `size`, shuffled by seed and epoch.
 
     Args:
         size: how many samples there are.
         seed: of the shuffling.
         shuffle: False: in their own order.
+        multiple: None comes after the last index, in place of samples, until there are a multiple of so many.
 
     Every process yields all of them: `accelerate` deals them out. `set_epoch` chooses the epoch, which does not advance
     by itself; `start_at` the first of its samples, for the next pass alone.
     """
 
-    def __init__(self, size: int, seed: int = 0, shuffle: bool = True) -> None:
-        self.size, self.seed, self.shuffle = size, seed, shuffle
+    def __init__(self, size: int, seed: int = 0, shuffle: bool = True, multiple: int = 1) -> None:
+        self.size, self.seed, self.shuffle, self.multiple = size, seed, shuffle, multiple
         self.epoch, self._start = 0, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -51,10 +52,14 @@ class EpochSampler(Sampler[int]):
         self._start = sample
 
     def __len__(self) -> int:
-        return self.size - self._start
+        return self.size + self._filling() - self._start
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[int | None]:
         start, self._start = self._start, 0
         order: Any = shuffled(self.size, self.seed, self.epoch) if self.shuffle else np.arange(self.size)
         for chunk in range(start, self.size, _CHUNK):  # a list of all would take several times the memory
             yield from order[chunk : chunk + _CHUNK].tolist()
+        yield from [None] * self._filling()
+
+    def _filling(self) -> int:
+        return -self.size % self.multiple

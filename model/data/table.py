@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import datasets
 
-from .files import find_records, parse
+from .files import find_records, is_lines, parse
 from .records import task_of
 from .sources import Source
 
@@ -57,7 +57,9 @@ class Entry(NamedTuple):
 
     @property
     def place(self) -> str:
-        return f"{self.source.file}:{self.line}"
+        """File and line, and the index in a list, all of which may be one line."""
+        where = f"{self.source.file}:{self.line}"
+        return where if is_lines(self.source.file) else f"{where} (record {self.index})"
 
     def record(self) -> Any:
         """What the text says.

@@ -14,7 +14,7 @@ from .settings import StageSettings
 def training_arguments(settings: StageSettings, out: Path) -> TrainingArguments:
     """Arguments of `StageTrainer`, which writes its own checkpoints and reports."""
     cuda = torch.cuda.is_available()
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(out),
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation,
@@ -44,3 +44,6 @@ def training_arguments(settings: StageSettings, out: Path) -> TrainingArguments:
         report_to=["tensorboard"] if find_spec("tensorboard") else "none",
         disable_tqdm=True,
     )
+    # One process drives one GPU: DataParallel would cut frames and places as if they were samples.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 
 import torch
@@ -32,6 +33,8 @@ def export(model: LlavaStForConditionalGeneration, processor: LlavaStProcessor, 
     specs = {name: TensorSpec(shape, dtype) for name, shape in shapes.items()}
     main = not dist.is_initialized() or dist.get_rank() == 0
     if main:
+        for left in out.parent.glob(f"{out.name}.partial-*"):  # by a process that was killed in here
+            shutil.rmtree(left)
         with new_folder(out, sum(spec.nbytes for spec in specs.values())) as folder:
             write_shards(folder, specs, lambda name: merged(model, name).to(dtype))
             config.save_pretrained(folder)

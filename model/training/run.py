@@ -25,8 +25,18 @@ from .sharding import refuse_deepspeed, shard
 from .trainable import describe, prepare, reset_packer
 from .trainer import StageTrainer
 
-# What may differ between a run and the one it goes on from.
-_FREE = ("workers", "save_steps", "keep", "log_steps", "eval_steps", "max_failure_share")
+# What may differ between a run and the one it goes on from. `StageTrainer` sees to it that samples of a step do not.
+_FREE = (
+    "workers",
+    "save_steps",
+    "keep",
+    "log_steps",
+    "eval_steps",
+    "max_failure_share",
+    "batch_size",
+    "accumulation",
+    "sharding",
+)
 Evaluate = Callable[[LlavaStForConditionalGeneration, LlavaStProcessor, int], Mapping[str, float]]
 
 
@@ -61,7 +71,7 @@ def run_stage(
     if state.is_main_process:
         _check_settings(settings, out)
     model, processor = load(model_path, settings)
-    if settings.packer_between_stages == "reset":
+    if settings.packer_between_stages == "reset" and "packer" in settings.train:  # else it is to be used as it is
         reset_packer(model, settings.seed)
     trainables = prepare(model, settings)
     if state.is_main_process:

@@ -55,7 +55,8 @@ class StageSettings:
             trained one.
         sharding: `"fsdp2"`: parameters are dealt out over processes.
         save_steps, keep: a checkpoint after so many steps; how many stay.
-        log_steps, eval_steps: reports and evaluations after so many steps; 0: no evaluation.
+        log_steps, eval_steps: reports and evaluations after so many steps; an evaluation at the end, too, and 0: there
+            alone.
     """
 
     name: str
@@ -110,6 +111,8 @@ class StageSettings:
         for name in ("batch_size", "accumulation", "epochs", "max_length", "save_steps", "keep", "log_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ValueError(f"max_steps: expected at least 1, or -1, got {self.max_steps}")
         for name in ("learning_rate", "loss_samples", "epsilon"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")

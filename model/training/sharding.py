@@ -7,7 +7,7 @@ import os
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..modeling_llava_st import LlavaStForConditionalGeneration
@@ -38,6 +38,7 @@ def shard(model: LlavaStForConditionalGeneration, bf16: bool) -> None:
         fully_shard(layer, mp_policy=policy)
     root = dataclasses.replace(policy, cast_forward_inputs=False)  # positions are not to be rounded
     fully_shard(model, ignored_params=set(model.model.vision_tower.parameters()), mp_policy=root)
+    register_fsdp_forward_method(model, "encode")  # which evaluations call, too
 
 
 def whole_tensor(tensor: Tensor, main: bool = True) -> Tensor | None:

@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer
 
 from ..data.collator import Collator
@@ -61,20 +61,35 @@ class StageTrainer(Trainer):
         evaluate: Callable[[nn.Module, int], Mapping[str, float]] | None = None,
     ) -> None:
         self.settings, self.trainables, self.evaluator = settings, trainables, evaluate
-        self._sampler = EpochSampler(len(data), settings.seed)
         self._step_loss, self._per_sample = StepLoss(model, settings.loss_samples), counts_samples(model)
         self._meter, self._micro, self._evaluated = Meter(), 0, 0
         self._places: list[str] = []
         super().__init__(model, training_arguments(settings, out), collator, data)
+        self._sampler = EpochSampler(len(data), settings.seed, multiple=settings.batch_size * self.args.world_size)
+        self.model_accepts_loss_kwargs = True  # StepLoss does, whatever the model's own loss is
         # Sharded by `shard`, whose parameters accelerate must neither shard again nor give to DDP.
         self.is_distributed_loading_by_transformers = isinstance(model, FSDPModule)
 
     # Order and randomness: of seed, epoch and index alone.
 
+    def get_train_dataloader(self) -> DataLoader:
+        # accelerate would fill the last batches up with the epoch's first samples, which were trained on already.
+        return self._get_dataloader(
+            _Filled(self.train_dataset), "Training", self._train_batch_size, self._get_train_sampler, is_training=True
+        )
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         return self._sampler
 
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        found = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)  # a checkpoint has those of the run before
+        return found
+
     def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # goes on from the last step
+            self.control.should_training_stop = True
+            return
         self._sampler.set_epoch(epoch)
         super()._run_epoch(*args, epoch=epoch, **kwargs)
 
@@ -146,17 +161,17 @@ class StageTrainer(Trainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         every, step = self.settings.eval_steps, self.state.global_step
-        due = every and (step % every == 0 or step == self.state.max_steps) and step != self._evaluated
+        due = (step == self.state.max_steps or (every and step % every == 0)) and step != self._evaluated
         if self.evaluator is not None and due:  # the end of an epoch comes here again
             self._evaluated = step
             self.model.eval()
-            with torch.random.fork_rng(), torch.no_grad():
+            with torch.random.fork_rng(), torch.no_grad(), self.accelerator.autocast():
                 found = self.evaluator(self.model, step)
             for module in self.model.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()  # a forward pass without a backward one leaves gathered parameters
             should_log = self.control.should_log
-            self.log({f"eval/{name}": value for name, value in found.items()})
+            self.log({f"eval/{name}": float(value) for name, value in found.items()})
             self.control.should_log = should_log  # which reporting resets: losses have still to be
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
@@ -176,7 +191,8 @@ class StageTrainer(Trainer):
             self.state.stateful_callbacks = {}
             scheduler = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
             failures = getattr(self.data_collator, "failures", None)
-            state = {"scheduler": scheduler, "failures": failures.state_dict() if failures else None}
+            counts = failures.state_dict() if failures else None
+            state = {"scheduler": scheduler, "failures": counts, "order": self._order()}
             write_checkpoint(
                 Path(self.args.output_dir),
                 self.state.global_step,
@@ -192,6 +208,10 @@ class StageTrainer(Trainer):
         expected = {name for each in self.trainables for name in each.names}
         if tensors.keys() != expected:
             raise ValueError(f"{resume_from_checkpoint}: is of a stage that trains other parameters")
+        order = json.loads((Path(resume_from_checkpoint) / "training.json").read_text()).get("order", {})
+        for name, number in order.items():  # or samples would be left out, and others come twice
+            if (got := self._order()[name]) != number:
+                raise ValueError(f"{resume_from_checkpoint}: expected {number} {name}, got {got}")
         for name, tensor in tensors.items():
             set_parameter(self.model.get_parameter(name), tensor)
 
@@ -211,11 +231,29 @@ class StageTrainer(Trainer):
         if state["failures"]:
             self.data_collator.failures.load_state_dict(state["failures"])
 
+    def _order(self) -> dict[str, int]:
+        """What says, with seed and epoch, which samples a step has."""
+        step = self.settings.batch_size * self.settings.accumulation * self.args.world_size
+        return {"samples in a step (batch_size x accumulation x processes)": step, "samples": len(self.train_dataset)}
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """There is none: `training_step` seeds every micro-batch."""
 
     def _load_callback_state(self) -> None:
         """There is none."""
+
+
+class _Filled(Dataset):
+    """Samples by index, and nothing by None, which `EpochSampler` has where there are no more."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int | None) -> Any:
+        return None if index is None else self.data[index]
 
 
 def trainer_state(state: Any) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
+import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -15,12 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llava_st.coordinate_text import VARIABLES, CoordinateText, read
 from llava_st.data.__main__ import main
-from llava_st.data.check import _check, check
+from llava_st.data.check import Checked, _check, _in_processes, check
 from llava_st.data.convert import AmbiguousError, convert_file, to_numbers, to_tokens
 from llava_st.data.order import EpochSampler
 from llava_st.data.records import RecordError, turns_of
 from llava_st.data.sources import Source, read_sources
-from llava_st.data.table import Entry
+from llava_st.data.table import Entry, RecordTable
 from llava_st.data.training import TrainingData
 from llava_st.geometry import Box, Instant, TimeSpan, Tube
 from PIL import Image
@@ -150,6 +152,25 @@ def test_check_of_media(tmp_path, clip, workers):
     assert str(tmp_path / "missing.mp4") in found[4].problems[0].message
     assert [each.place for each in found] == [f"{tmp_path}/a.jsonl:{line}" for line in range(1, 8)]
     assert not any(each.problems for each in check(sources, cache_dir=tmp_path / "cache"))
+
+
+def check_and_die(entry: Entry) -> Checked:
+    if "die" in entry.text.decode():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _check(entry, None)
+
+
+def test_a_process_that_dies_costs_its_record_alone(tmp_path):
+    records = [make_record(), make_record(id="die"), make_record("Hi", "Hello"), make_record("Hi", "Hello", id="die")]
+    table = RecordTable(read_sources(write_records(tmp_path / "a.json", records)), cache_dir=tmp_path / "cache")
+    found = list(_in_processes(check_and_die, table, workers=2))
+    assert [[problem.kind for problem in each.problems] for each in found] == [
+        [],
+        ["media undecodable"],
+        ["placeholders"],
+        ["placeholders", "media undecodable"],
+    ]
+    assert [each.place for each in found] == [f"{tmp_path}/a.json:1 (record {index})" for index in range(4)]
 
 
 json_values = st.recursive(

@@ -288,6 +288,10 @@ def test_sampler_goes_through_all_and_can_start_anywhere():
     assert list(EpochSampler(100, seed=2)) != first
     with pytest.raises(ValueError, match="sample: expected 0 to 100, got 101"):
         sampler.start_at(101)
+    filled = EpochSampler(5, seed=1, multiple=4)
+    assert list(filled) == [*EpochSampler(5, seed=1), None, None, None]
+    filled.start_at(4)
+    assert (len(filled), len(list(filled)), len(filled)) == (4, 4, 8)
 
 
 YAML = """
@@ -312,7 +316,7 @@ def test_yaml_names_files_folders_and_strategies(tmp_path):
     assert [entry.record()["id"] for entry in table] == ["a.json0", "b.json0", "c.jsonl0", "c.jsonl1", "c.jsonl2"]
     assert [table[i] for i in range(len(table))] == list(table)
     assert table.tasks() == {"stvg": 2, "c": 3}
-    assert [entry.place.rsplit("/")[-1] for entry in table] == ["a.json:1", "b.json:1"] + [
+    assert [entry.place.rsplit("/")[-1] for entry in table] == ["a.json:1 (record 0)", "b.json:1 (record 0)"] + [
         f"c.jsonl:{i}" for i in (1, 2, 3)
     ]
     assert len(RecordTable(sources, cache_dir=tmp_path / "cache", everything=True)) == 9

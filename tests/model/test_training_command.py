@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from llava_st import LlavaStForConditionalGeneration
+from llava_st.tiny import tiny_model
 from llava_st.train import main
 from PIL import Image
 from safetensors.torch import load_file
@@ -64,6 +65,23 @@ def test_a_run_goes_on_where_it_was(tmp_path, data, capsys):
     assert "goes on from" in capsys.readouterr().out
     found = load_file(out / "model/model.safetensors")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_settings_may_be_given_one_by_one(tmp_path, data):
+    arguments = ["content", "--model", "tiny", "--out", str(tmp_path), "--data", str(data), "--set", *FAST]
+    assert main([*arguments, "--set", "max_steps=1", "--set", "seed=7"]) == 0
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert [settings[name] for name in ("bf16", "max_steps", "seed")] == [False, 1, 7]
+
+
+def test_a_packer_that_does_not_train_is_not_reset(tmp_path, data):
+    arguments = ["content", "--model", "tiny", "--data", str(data), "--set", *FAST, "max_steps=1"]
+    left = tmp_path / "out" / "model.partial-left"
+    left.mkdir(parents=True)
+    assert main([*arguments, "train=[embedding]", "--out", str(tmp_path / "out")]) == 0
+    expected = tiny_model(42, lape=False).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in packer(tmp_path / "out/model").items())
+    assert not left.exists()  # of a process that was killed while it wrote
 
 
 def test_what_is_wrong_is_said_in_a_line(tmp_path, data, capsys):

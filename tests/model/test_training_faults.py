@@ -146,6 +146,42 @@ def test_gradients_of_nan_stop_and_name_the_step(tmp_path):
         trainer.train()
 
 
+def go_on(out, **changes):
+    trainer = tiny_trainer(out, **changes)
+    trainer.train(resume_from_checkpoint=str(last_checkpoint(out)))
+    return trainer
+
+
+def test_a_run_that_is_over_takes_no_further_step(tmp_path):
+    options = {"max_steps": 2, "save_steps": 1, "lr_scheduler": "constant"}
+    tiny_trainer(tmp_path, **options).train()
+    assert go_on(tmp_path, **options).state.global_step == 2
+    assert last_checkpoint(tmp_path).name == "checkpoint-2"
+
+
+def test_checkpoints_and_reports_come_as_the_run_that_goes_on_says(tmp_path):
+    tiny_trainer(tmp_path, max_steps=1).train()
+    trainer = go_on(tmp_path, save_steps=1, log_steps=2, keep=9)
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 4]
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in range(1, 5)}
+
+
+def test_a_run_goes_on_with_steps_of_the_same_samples_alone(tmp_path):
+    expected = tiny_trainer(tmp_path / "whole")
+    expected.train()
+    tiny_trainer(tmp_path, max_steps=2, lr_scheduler="constant").train()
+    for changes, message in (
+        ({"batch_size": 2}, r"expected 4 samples in a step \(batch_size x accumulation x processes\), got 2"),
+        ({"size": 20}, "expected 16 samples, got 20"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            go_on(tmp_path, **changes)
+    tiny_trainer(tmp_path / "first", save_steps=2, keep=9).train()
+    (tmp_path / "first/checkpoint-4").rename(tmp_path / "moved")
+    trainer = go_on(tmp_path / "first", batch_size=2, accumulation=2)
+    assert losses(trainer) == pytest.approx(losses(expected), rel=1e-4)
+
+
 def test_a_checkpoint_of_another_stage_is_refused(tmp_path):
     tiny_trainer(tmp_path, size=4, save_steps=1).train()
     other = tiny_trainer(tmp_path, size=4, train=("packer",))

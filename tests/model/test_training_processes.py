@@ -56,6 +56,12 @@ def test_parameters_are_sharded_but_for_the_frozen_tower(two):
     assert all(name.startswith("model.vision_tower.") for name in found["plain"])
 
 
+def test_sharded_models_encode_in_evaluations_and_train_on(two):
+    _, found = two
+    assert found["evaluated"] == [1.0, 1.0]
+    assert found["after evaluations"] == found["resumed"][0][:2]
+
+
 def test_sharded_training_goes_on_from_whole_tensors(two):
     out, found = two
     whole, again = found["resumed"]

@@ -10,6 +10,7 @@ import torch
 from llava_st import LlavaStForConditionalGeneration
 from llava_st.checkpoints.published import full_size_config
 from llava_st.tiny import tiny_config, tiny_model, tiny_processor
+from llava_st.training import arguments
 from llava_st.training.export import export
 from llava_st.training.rows import needed_rows
 from llava_st.training.run import load, run_stage
@@ -75,6 +76,7 @@ def test_published_hyper_parameters():
         ({"batch_size": 2.5}, "batch_size: expected int, got 2.5"),
         ({"batch_size": True}, "batch_size: expected int, got True"),
         ({"batch_size": 0}, "batch_size: expected at least 1"),
+        ({"max_steps": 0}, "max_steps: expected at least 1, or -1, got 0"),
         ({"positions": 1}, "positions: expected bool, got 1"),
         ({"train": "packer"}, "train: expected"),
         ({"train": ["tower"]}, "got 'tower'"),
@@ -161,6 +163,17 @@ def test_tied_embeddings_cannot_train_rows():
 def test_a_stage_and_a_model_have_positions_or_not():
     with pytest.raises(ValueError, match="lape=True"):
         prepare(tiny_model(lape=False), SETTINGS)
+
+
+def test_one_process_takes_one_gpu(tmp_path, monkeypatch):
+    class OnFour(arguments.TrainingArguments):
+        def __post_init__(self):
+            super().__post_init__()
+            self._n_gpu = 4
+
+    monkeypatch.setattr(arguments, "TrainingArguments", OnFour)
+    found = arguments.training_arguments(changed(batch_size=2), tmp_path)
+    assert (found.n_gpu, found.train_batch_size) == (1, 2)
 
 
 def test_deepspeed_is_refused(monkeypatch):

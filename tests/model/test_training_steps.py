@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from llava_st.data.collator import Collator
@@ -19,7 +21,14 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
-    "options", [{}, {"compat": "released"}, {"positions": False, "train": ("packer", "embedding")}]
+    "options",
+    [
+        {},
+        {"compat": "released"},
+        {"positions": False, "train": ("packer", "embedding")},
+        {"positions": False, "train": ("packer", "embedding"), "compat": "released"},
+        {"size": 15, "compat": "released"},  # the last micro-batch has fewer
+    ],
 )
 def test_gradients_are_equal_for_one_and_four_micro_batches(tmp_path, options, packed):
     first, whole = first_gradients(tmp_path, batch_size=16, **options)
@@ -101,6 +110,29 @@ def test_reports(tmp_path):
         assert min(by_task.values()) <= report["loss"] <= max(by_task.values())
     assert [entry["eval/m_tiou"] for entry in trainer.state.log_history if "eval/m_tiou" in entry] == [0.2, 0.3]
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluations_give_any_numbers_and_come_at_the_end_by_themselves(tmp_path):
+    seen = []
+    trainer = tiny_trainer(
+        tmp_path, size=8, save_steps=1, evaluate=lambda _, step: {"at": torch.tensor(seen.append(step) or step)}
+    )
+    trainer.train()
+    assert seen == [2]
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert [entry["eval/at"] for entry in state["log_history"] if "eval/at" in entry] == [2.0]
+
+
+def test_models_in_bfloat16_are_evaluated_as_they_are_trained(tmp_path):
+    inputs = Collator(tiny_processor())([Samples(1)[0]])
+
+    def evaluate(model, step):
+        tokens = model.encode(pixel_values_videos=inputs["pixel_values_videos"], video_frames=inputs["video_frames"])
+        return {"finite": torch.isfinite(tokens).all()}
+
+    trainer = tiny_trainer(tmp_path, size=4, bf16=True, dtype=torch.bfloat16, train=("packer",), evaluate=evaluate)
+    trainer.train()
+    assert [entry["eval/finite"] for entry in trainer.state.log_history if "eval/finite" in entry] == [1.0]
 
 
 def test_training_learns(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from llava_st.training.trainer import StageTrainer
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tests.model.training_runs import first_gradients, losses, tiny_trainer
@@ -18,6 +19,8 @@ from tests.model.training_runs import first_gradients, losses, tiny_trainer
 RUNS = {
     "paper": {"batch_size": 2, "accumulation": 2},
     "released": {"batch_size": 2, "accumulation": 2, "compat": "released"},
+    "uneven": {"batch_size": 1, "accumulation": 2, "size": 5},  # one process has nothing in the last step
+    "uneven released": {"batch_size": 2, "size": 7, "compat": "released", "positions": False, "train": ("packer",)},
     "mixed": {"batch_size": 1, "accumulation": 1, "size": 6},
     "fsdp2": {"batch_size": 2, "accumulation": 2, "sharding": "fsdp2"},
     "fsdp2 mixed": {"batch_size": 1, "accumulation": 1, "size": 6, "sharding": "fsdp2"},
@@ -39,6 +42,11 @@ def _trained(trainer: StageTrainer) -> StageTrainer:
     return trainer
 
 
+def _encode(model: nn.Module, step: int) -> dict[str, Tensor]:
+    tokens = model.encode(pixel_values_videos=torch.ones(10, 3, 36, 36), video_frames=torch.tensor([10]))
+    return {"finite": tokens.isfinite().all()}
+
+
 def train_as(rank: int, port: int, out: Path) -> None:
     """What a process does."""
     torch.set_num_threads(1)
@@ -51,6 +59,10 @@ def train_as(rank: int, port: int, out: Path) -> None:
         found[name] = values
         torch.save(gradients, out / f"{name}.{dist.get_rank()}.pt")
     found["bf16"] = losses(_trained(tiny_trainer(Path(tempfile.mkdtemp()), **BF16, sharding="fsdp2")))
+    options = {"batch_size": 4, "sharding": "fsdp2"}
+    evaluated = _trained(tiny_trainer(Path(tempfile.mkdtemp()), **options, evaluate=_encode, eval_steps=1))
+    found["evaluated"] = [entry["eval/finite"] for entry in evaluated.state.log_history if "eval/finite" in entry]
+    found["after evaluations"] = losses(evaluated)
     folder = out / "resumed"
     trainer = _trained(tiny_trainer(folder, batch_size=4, epochs=2, sharding="fsdp2", save_steps=1, keep=9))
     again = tiny_trainer(folder, batch_size=4, epochs=2, sharding="fsdp2")

@@ -73,10 +73,11 @@ def tiny_trainer(
     kinds: tuple[str, ...] = ("video", "image", "text"),
     compat: str = "paper",
     evaluate: Any = None,
+    dtype: torch.dtype = torch.float32,
     **changes: Any,
 ) -> StageTrainer:
     settings = dataclasses.replace(SETTINGS, **changes)
-    model = tiny_model(compat=compat, lape=settings.positions)
+    model = tiny_model(compat=compat, lape=settings.positions).to(dtype)
     trainables = prepare(model, settings)
     if settings.sharding == "fsdp2":
         shard(model, settings.bf16)
