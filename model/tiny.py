@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from .configuration_llava_st import TEMPLATE_TOKENS, VISUAL_TOKENS, LlavaStConfig, anchor_tokens
@@ -17,12 +18,24 @@ if TYPE_CHECKING:
 _CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
-def tiny_tokenizer(num_bins: tuple[int, int, int] = (100, 100, 100)) -> PreTrainedTokenizerFast:
-    """A tokenizer whose words are bytes, with the tokens of ChatML and LLaVA-ST in the published order."""
+def tiny_tokenizer(
+    num_bins: tuple[int, int, int] = (100, 100, 100), texts: Iterable[str] = (), phrases: Iterable[str] = ()
+) -> PreTrainedTokenizerFast:
+    """A tokenizer with the tokens of ChatML and LLaVA-ST in the published order.
+
+    Args:
+        num_bins: how many anchors there are: temporal, height, width.
+        texts: words that are in them more than once become tokens; all else is bytes.
+        phrases: each becomes one token.
+    """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
+    if texts := list(texts):
+        trainer = trainers.BpeTrainer(initial_alphabet=letters, min_frequency=2, show_progress=False)
+        tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
     special = [*_CHAT_TOKENS, *VISUAL_TOKENS.values(), *TEMPLATE_TOKENS.values(), *anchor_tokens(num_bins)]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>")

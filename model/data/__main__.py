@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     synthesize.add_argument("--frames", type=int, help="of a clip")
     synthesize.add_argument("--objects", type=int, nargs=2, metavar=("FEWEST", "MOST"), help="in a clip")
     synthesize.add_argument("--questions-per-clip", type=int)
+    synthesize.add_argument("--mixed", action="store_true", help="turns of a record are of several tasks")
     synthesize.add_argument("--longest-tube", type=int, help="frames that SVG asks about; 1: a box at a time")
     synthesize.add_argument("--name", help="of the files of records; several over the same clips")
     return parser

@@ -25,6 +25,7 @@ ELC_QUESTION = "Starts in <s>, what event is the object/subject in the region <b
 
 # Purposes of random numbers, see `scenes.generator`.
 _STILL, _QUESTIONS = 2, 3
+MIXED = "mixed"  # type of a record whose turns are of several tasks
 
 
 def video_file(scene: Scene) -> str:
@@ -51,32 +52,40 @@ def make_records(
     questions: int = 8,
     turns: int = 4,
     longest_tube: int | None = None,
+    mixed: bool = False,
 ) -> list[Record]:
     """Records of training data about a scene, in the published format.
 
     Each is a conversation about one task, whose turns ask about different objects, so that no answer can be copied from
     an earlier one. Which tasks and objects come is random.
 
+    With `mixed` a conversation has turns of all tasks about the video, or about the image, and is of the type
+    `"mixed"`: one video then serves many questions, some of which earlier answers help with.
+
     Args:
         scene: the clip.
-        tasks: some of `SYNTHETIC_TASKS`; by default all.
+        tasks: some of `SYNTHETIC_TASKS`; by default all. One that is named twice asks about each object twice.
         questions: the most questions about it; fewer where there are no more.
         turns: the most questions in a record.
         longest_tube: the most frames in the span that an SVG question gives, which is then a part of the time that the
             object is there; by default it is all of it.
     """
     rng = scene.random(_QUESTIONS)
-    parts = []
+    asked: dict[tuple[str, str], list[Turn]] = {}
     for task in check_tasks(tasks):
-        asked = _svg(scene, rng, longest_tube) if task == "svg" else _TURNS[task](scene, rng)
-        shuffled = _shuffled(rng, list(asked))
-        parts += [(task, shuffled[i : i + turns]) for i in range(0, len(shuffled), turns)]
+        found = _svg(scene, rng, longest_tube) if task == "svg" else _TURNS[task](scene, rng)
+        kind = TASKS[task].media
+        asked.setdefault((MIXED if mixed else task, kind), []).extend(found)
+    parts = []
+    for (task, kind), each in asked.items():
+        shuffled = _shuffled(rng, each)
+        parts += [(task, kind, shuffled[i : i + turns]) for i in range(0, len(shuffled), turns)]
     records: list[Record] = []
-    for task, conversation in _shuffled(rng, parts):
+    for task, kind, conversation in _shuffled(rng, parts):
         conversation = conversation[:questions]
         questions -= len(conversation)
         if conversation:
-            records.append(_record(scene, task, len(records), conversation))
+            records.append(_record(scene, task, kind, len(records), conversation))
     return records
 
 
@@ -266,8 +275,7 @@ _TURNS: dict[str, Callable[[Scene, np.random.Generator], Iterator[Turn]]] = {
 SYNTHETIC_TASKS = tuple(_TURNS)
 
 
-def _record(scene: Scene, task: str, number: int, conversation: Sequence[Turn]) -> Record:
-    kind = TASKS[task].media
+def _record(scene: Scene, task: str, kind: str, number: int, conversation: Sequence[Turn]) -> Record:
     texts = []
     for question, answer in conversation:
         shown = [] if texts else [f"<{kind}>\n"]

@@ -44,6 +44,7 @@ def synthesize(
     questions_per_clip: int = 8,
     turns: int = 4,
     longest_tube: int | None = None,
+    mixed: bool = False,
     name: str | None = None,
 ) -> Path:
     """Renders clips and asks about them; the YAML of the data set, which is written last.
@@ -66,6 +67,7 @@ def synthesize(
         questions_per_clip: see `make_records`, as are the next two.
         turns: the most questions in a record.
         longest_tube: the most frames in the span that an SVG question gives.
+        mixed: turns of a record are of several tasks.
         name: of the files of records; by default that of the split.
 
     Raises:
@@ -94,7 +96,7 @@ def synthesize(
         _render(make(clip), folder, size)
     with _whole(folder / f"{name}.jsonl") as partial_file, open(partial_file, "w", encoding="utf-8") as file:
         for clip in range(clips):
-            for record in make_records(make(clip), tasks, questions_per_clip, turns, longest_tube):
+            for record in make_records(make(clip), tasks, questions_per_clip, turns, longest_tube, mixed):
                 file.write(json.dumps(record) + "\n")
     if split != "train":
         _write_benchmarks(folder / "benchmark", map(make, range(clips)), size)

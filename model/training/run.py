@@ -47,6 +47,7 @@ def run_stage(
     out: Path,
     folder: str | Path | None = None,
     evaluate: Evaluate | None = None,
+    adapt: Callable[[LlavaStForConditionalGeneration], None] | None = None,
 ) -> Path:
     """Trains a stage, going on from the last complete checkpoint in `out`.
 
@@ -56,6 +57,7 @@ def run_stage(
         data_path, folder: see `TrainingData`.
         out: gets `checkpoint-*`, `skipped.jsonl`, `training.png` and, at the end, `model`.
         evaluate: called with model, processor and step every `settings.eval_steps` steps; gives numbers to report.
+        adapt: changes the model that was loaded; what it changes is not exported, but for values of parameters.
 
     Returns:
         The trained model's folder.
@@ -71,6 +73,8 @@ def run_stage(
     if state.is_main_process:
         _check_settings(settings, out)
     model, processor = load(model_path, settings)
+    if adapt is not None:
+        adapt(model)
     if settings.packer_between_stages == "reset" and "packer" in settings.train:  # else it is to be used as it is
         reset_packer(model, settings.seed)
     trainables = prepare(model, settings)

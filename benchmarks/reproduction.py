@@ -1,0 +1,146 @@
+"""Trains a small LLaVA-ST from nothing on moving shapes, and proves what it has learned.
+
+`python -m benchmarks.reproduction train` trains one seed, writes its record and the checkpoint that `llava_st.prove`
+and the demo use. `ablate` trains the recipe with one idea changed at a time; `report` makes docs/reproduction.md anew
+from the records. What was cut off goes on. Started by torchrun, processes share the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from llava_st.evaluation.datasets import read_dataset
+from llava_st.evaluation.scoring import score
+from llava_st.pipeline import LlavaStPipeline
+from llava_st.reproduction import CHECKPOINT
+from llava_st.reproduction.arms import ARMS, Arm
+from llava_st.reproduction.proving import predict, prove
+from llava_st.reproduction.recipe import STAGES, Budget, train
+from llava_st.synthesis import synthesize
+from llava_st.training.run import Evaluate
+
+from . import reproduction_report as report
+from .environment import ROOT, describe
+
+FOLDER = ROOT / "build" / "reproduction"
+CLIPS, ABLATION_CLIPS = 8_000, 2_000
+# Of the clips that a record's scores are of; those of training have the run's own seed, and another split.
+PROOF_SEED, PROOF_CLIPS = 1_000, 200
+_VALIDATION_CLIPS = 64
+# What is asked during training, and which scores of it are kept.
+_ASKED = {"names": ("rec",), "places": ("tvg", "rec"), "tubes": ("stvg",)}
+_KEPT = ("mIoU", "Acc@0.5", "m_tIoU", "m_sIoU", "m_vIoU")
+
+
+def run(out: Path, clips: int, seed: int, arm: Arm) -> tuple[LlavaStPipeline, dict[str, Any]] | None:
+    """Trains and proves. In the main process: the model, and a record of it."""
+    budget, start = Budget.of(clips), time.time()
+    state = PartialState(cpu=not torch.cuda.is_available())
+    validation = out / "validation"
+    with state.main_process_first():
+        synthesize(validation, _VALIDATION_CLIPS, seed, split="validation")
+    evaluate = {stage.name: _evaluator(validation, _ASKED[stage.name]) for stage in STAGES}
+    folder = train(out, budget, seed, arm, evaluate)
+    if not state.is_main_process:
+        return None
+    pipeline = LlavaStPipeline.from_pretrained(folder, dtype="float32")
+    if arm.adapt is not None:
+        arm.adapt(pipeline.model)
+    record = {
+        "environment": describe(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "processes": state.num_processes,
+        "seed": seed,
+        "clips": dict(budget.clips),
+        "tower": {"clips": budget.tower_clips, "steps": budget.tower_steps},
+        "parameters": sum(parameter.numel() for parameter in pipeline.model.parameters()),
+        "seconds_of_last_call": time.time() - start,
+        "curves": {stage.name: _curve(out / stage.name) for stage in STAGES},
+        "proof": {"seed": PROOF_SEED, "clips": PROOF_CLIPS},
+    }
+    record["proof"] |= prove(pipeline, out / "proof", PROOF_SEED, PROOF_CLIPS)
+    return pipeline, record
+
+
+def _evaluator(folder: Path, tasks: Sequence[str]) -> Evaluate:
+    def evaluate(model: Any, processor: Any, step: int) -> Mapping[str, float]:
+        pipeline, found = LlavaStPipeline(model, processor), {}
+        for task in tasks:
+            dataset = read_dataset(task, folder / "benchmark" / f"{task}.json")
+            scores = score(dataset, predict(pipeline, folder, dataset.samples))["scores"]
+            found |= {f"{task} {name}": scores[name] for name in _KEPT if name in scores}
+        return found
+
+    return evaluate
+
+
+def _curve(folder: Path) -> list[dict[str, float]]:
+    """What a stage reported, by step."""
+    last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    kept = ("step", "loss", "tokens_per_second", "waiting_for_data")
+    return [{k: v for k, v in entry.items() if k in kept or k.startswith("eval/")} for entry in history]
+
+
+def save_checkpoint(pipeline: LlavaStPipeline, folder: Path) -> None:
+    """In half precision."""
+    shutil.rmtree(folder, ignore_errors=True)
+    pipeline.model.half().save_pretrained(folder)
+    pipeline.processor.save_pretrained(folder)
+    pipeline.model.float()
+
+
+def _train(options: argparse.Namespace) -> None:
+    found = run(options.out / f"seed{options.seed}-{options.clips}", options.clips, options.seed, ARMS["baseline"])
+    if found is not None:
+        pipeline, record = found
+        save_checkpoint(pipeline, options.checkpoint)
+        report.write(f"seed{options.seed}", record)
+        report.draw_answers(LlavaStPipeline.from_pretrained(options.checkpoint, dtype="float32"))
+
+
+def _ablate(options: argparse.Namespace) -> None:
+    for seed in options.seeds:
+        for name in options.arms:
+            record_name = f"ablation-{name.replace(' ', '-')}-{seed}"
+            if report.path(record_name).exists():
+                continue
+            out = options.out / record_name
+            if (found := run(out, options.clips, seed, ARMS[name])) is not None:
+                report.write(record_name, {"arm": name, **found[1]})
+                shutil.rmtree(out)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=FOLDER, help="for clips and checkpoints; default: %(default)s")
+    commands = parser.add_subparsers(dest="command", required=True)
+    training = commands.add_parser("train")
+    training.add_argument("--seed", type=int, default=0)
+    training.add_argument("--clips", type=int, default=CLIPS, help="in all stages; default: %(default)s")
+    training.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="default: %(default)s")
+    ablation = commands.add_parser("ablate")
+    ablation.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    ablation.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    ablation.add_argument("--clips", type=int, default=ABLATION_CLIPS)
+    commands.add_parser("report")
+    options = parser.parse_args(arguments)
+    if options.command == "train":
+        _train(options)
+    elif options.command == "ablate":
+        _ablate(options)
+    if PartialState(cpu=not torch.cuda.is_available()).is_main_process:
+        report.make_page()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
