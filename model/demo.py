@@ -64,9 +64,12 @@ def show(
     return [annotated, timeline, page]
 
 
-def _load_pipeline(folder: str) -> LlavaStPipeline:
+def _load_pipeline(folder: str | None) -> LlavaStPipeline:
+    """Of a folder; None: of the model of moving shapes."""
     from .pipeline import LlavaStPipeline
 
+    if folder is None:
+        return LlavaStPipeline.from_pretrained(CHECKPOINT, dtype="float32")  # it is stored in half precision
     return LlavaStPipeline.from_pretrained(folder, device_map="auto" if torch.cuda.is_available() else None)
 
 
@@ -133,7 +136,7 @@ def _run(options: argparse.Namespace) -> None:
     if task is not None and task.media != kind:
         raise ValueError(f"--task {task.name} is about a {task.media}, got --{kind}")
     source = options.image or options.video
-    pipeline = _load_pipeline(CHECKPOINT if options.shapes else options.model)
+    pipeline = _load_pipeline(options.model)
     if kind == "image":
         encoded = pipeline.encode_image(source)
     else:

@@ -18,6 +18,7 @@ import yaml
 from .order import shuffled
 
 _STRATEGY = re.compile(r"(?P<kind>first|end|random):(?P<amount>\d+(?:\.\d+)?)(?P<percent>%?)")
+_KEYS = ("json_path", "data_folder", "source", "sampling_strategy")
 _BRACES = re.compile(r"\{([^{}]*,[^{}]*)\}")
 
 
@@ -111,6 +112,8 @@ def _entries(path: Path) -> Sequence[Any]:
 def _sources(entry: Any, beside: Path) -> list[Source]:
     if not isinstance(entry, Mapping):
         raise ValueError(f"expected json_path, data_folder, ..., got {entry!r:.80}")
+    if unknown := [key for key in entry if key not in _KEYS]:
+        raise ValueError(f"{unknown[0]}: there is no such key. There are {', '.join(_KEYS)}")
     for key in ("json_path", "data_folder"):
         if not isinstance(entry.get(key), str):
             raise ValueError(f"{key}: expected a path, got {entry.get(key)!r}")

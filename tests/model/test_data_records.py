@@ -341,6 +341,10 @@ def test_names_in_yaml_may_be_relative_to_where_the_program_runs(tmp_path, monke
         ("datasets: [3]", "dataset 1: expected json_path"),
         ("datasets: [{json_path: a.json}]", "dataset 1: data_folder: expected a path, got None"),
         ("datasets: [{json_path: a.json, data_folder: ., sampling_strategy: some}]", "dataset 1: sampling_strategy"),
+        (
+            "datasets: [{json_path: a.json, data_folder: ., sampling_strategie: all}]",
+            "dataset 1: sampling_strategie: there",
+        ),
     ],
 )
 def test_malformed_yaml_is_refused(tmp_path, text, message):
