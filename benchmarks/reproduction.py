@@ -1,8 +1,8 @@
 """Trains a small LLaVA-ST from nothing on moving shapes, and proves what it has learned.
 
-`python -m benchmarks.reproduction train` trains one seed, writes its record and the checkpoint that `llava_st.prove`
-and the demo use. `ablate` trains the recipe with one idea changed at a time; `report` makes docs/reproduction.md anew
-from the records. What was cut off goes on. Started by torchrun, processes share the work.
+`python -m benchmarks.reproduction train` trains one seed, writes its record and a checkpoint in half precision.
+`ablate` trains the recipe with one idea changed at a time; `report` makes docs/reproduction.md anew from the records.
+What was cut off goes on. Started by torchrun, processes share the work.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from accelerate import PartialState
 from llava_st.evaluation.datasets import read_dataset
 from llava_st.evaluation.scoring import score
 from llava_st.pipeline import LlavaStPipeline
-from llava_st.reproduction import CHECKPOINT
 from llava_st.reproduction.arms import ARMS, Arm
 from llava_st.reproduction.proving import predict, prove
 from llava_st.reproduction.recipe import STAGES, Budget, train
@@ -126,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     training = commands.add_parser("train")
     training.add_argument("--seed", type=int, default=0)
     training.add_argument("--clips", type=int, default=CLIPS, help="in all stages; default: %(default)s")
-    training.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="default: %(default)s")
+    training.add_argument("--checkpoint", type=Path, default=FOLDER / "checkpoint", help="default: %(default)s")
     ablation = commands.add_parser("ablate")
     ablation.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     ablation.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))

@@ -19,8 +19,9 @@ import torch
 from llava_st.data.collator import Collator, TrainingBatch
 from llava_st.data.order import EpochSampler
 from llava_st.data.training import MediaLoader, TrainingData
-from llava_st.pipeline import LlavaStPipeline
-from llava_st.reproduction import CHECKPOINT
+from llava_st.modeling_llava_st import LlavaStForConditionalGeneration
+from llava_st.reproduction.recipe import texts
+from llava_st.reproduction.start import shapes_processor
 from llava_st.synthesis import synthesize
 from torch.utils.data import DataLoader
 
@@ -37,12 +38,12 @@ UNTIMED, STEPS, ROUNDS = 4, 8, 5
 
 def measure() -> dict[str, Any]:
     """Milliseconds of a step of the reproduction's model, forward and backward, by where batches come from."""
-    pipeline = LlavaStPipeline.from_pretrained(CHECKPOINT, dtype="float32")
-    model = pipeline.model.train()
+    config, processor = shapes_processor(texts(100))
+    model = LlavaStForConditionalGeneration(config).train()
     with tempfile.TemporaryDirectory() as folder:
         path = synthesize(folder, BATCH * (UNTIMED + STEPS + 2 * WORKERS), tasks=("stvg",), turns=4)
-        data = TrainingData(path, None, MediaLoader.of(pipeline.processor))
-        collator = Collator(pipeline.processor)
+        data = TrainingData(path, None, MediaLoader.of(processor))
+        collator = Collator(processor)
         sampler = EpochSampler(len(data), seed=0)
         loader = DataLoader(
             data, BATCH, sampler=sampler, collate_fn=collator, num_workers=WORKERS, persistent_workers=True

