@@ -16,6 +16,7 @@ from . import folding_error, path_workloads
 from . import record as records
 from .environment import ROOT
 from .kept_memory import kept_channels, ways
+from .pages import replace_part
 from .record import Record
 
 PAGE = ROOT / "docs" / "folding.md"
@@ -118,12 +119,7 @@ def generate(text: str, read: Sequence[tuple[str, Record]]) -> str:
         "times": lambda: time_table(read),
     }
     for name, make in sections.items():
-        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        before, found, rest = text.partition(begin)
-        _, found_end, after = rest.partition(end)
-        if not found or not found_end:
-            raise ValueError(f"expected {begin} and, after it, {end}")
-        text = f"{before}{begin}\n\n{make()}\n\n{end}{after}"
+        text = replace_part(text, name, make())
     return text
 
 

@@ -24,10 +24,10 @@ from transformers import DynamicCache, SiglipVisionConfig, SiglipVisionModel
 from .environment import ROOT, describe
 from .measure import CpuTimer, Rounds, interleave, summarise
 from .memory import peak_memory
+from .pages import replace_part
 
 RECORD = ROOT / "benchmarks" / "results" / "model_costs.json"
 PAGE = ROOT / "docs" / "model.md"
-BEGIN, END = "<!-- costs:begin -->", "<!-- costs:end -->"
 # Qwen2-0.5B's widths, of which a few layers, and SigLIP so400m's, of which the frames are few.
 VOCABULARY, WIDTH, LAYERS, PROMPT = 151_660, 896, 4, 600
 FRAMES, CHUNK = 4, 1
@@ -181,11 +181,7 @@ def tables(record: dict[str, Any]) -> str:
 
 
 def page(text: str, record: dict[str, Any]) -> str:
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"expected {BEGIN} and, after it, {END}")
-    return f"{before}{BEGIN}\n\n{tables(record)}\n\n{END}{after}"
+    return replace_part(text, "costs", tables(record))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

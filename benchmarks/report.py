@@ -13,9 +13,10 @@ from typing import Any
 
 from . import record as records
 from .environment import HUGE_PAGE_VARIABLE
+from .pages import replace_part
 from .record import ALLOCATORS, Measurement, Record
 
-BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+PART = "benchmark"
 _ALLOCATOR_TITLES = {"default": "torch's allocator as it comes", "huge pages": "THP_MEM_ALLOC_ENABLE=1 (huge pages)"}
 _NONE = "-"
 
@@ -196,17 +197,13 @@ def markdown(record: Record, name: str) -> str:
 
 def generate_readme(text: str, tables: Sequence[str]) -> str:
     """`text` with what is between the two markers replaced by the tables."""
-    before, found_begin, rest = text.partition(BEGIN)
-    _, found_end, after = rest.partition(END)
-    if not found_begin or not found_end:
-        raise ValueError(f"expected {BEGIN} and, after it, {END}")
-    return "\n\n".join([before + BEGIN, *tables, END + after])
+    return replace_part(text, PART, "\n\n".join(tables))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Tables from benchmark records.")
     parser.add_argument("record", type=Path, nargs="+", help="JSON file that `python -m benchmarks` wrote")
-    parser.add_argument("--readme", type=Path, help=f"rewrite the part between {BEGIN} and {END} of this file")
+    parser.add_argument("--readme", type=Path, help=f"rewrite the part {PART} of this file")
     parser.add_argument("--check", action="store_true", help="with --readme: change nothing, fail if it is out of date")
     options = parser.parse_args(arguments)
     if options.check and options.readme is None:

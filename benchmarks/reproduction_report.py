@@ -18,11 +18,11 @@ from llava_st.synthesis.rendering import render
 from llava_st.tasks import TASKS
 
 from .environment import ROOT
+from .pages import replace_part
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "reproduction.md"
 CURVES, ANSWERS = ROOT / "docs" / "reproduction-curves.png", ROOT / "docs" / "reproduction-answers.png"
-BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 SCORES = ("m_tiou", "m_siou", "m_viou")
 SEEDS = (0, 1, 2)  # of each arm
 _ANSWERED = (1_001, (0, 1, 2, 3))  # seed of the clips whose answers are drawn, and which clips
@@ -61,12 +61,8 @@ def make_page() -> None:
 
 
 def page(text: str, found: Sequence[Record], arms: dict[str, dict[int, Record]]) -> str:
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{PAGE}: expected {BEGIN} and, after it, {END}")
     parts = [*(_run(record) for record in found), _arms(arms)]
-    return f"{before}{BEGIN}\n\n" + "\n\n".join(parts) + f"\n\n{END}{after}"
+    return replace_part(text, "figures", "\n\n".join(parts))
 
 
 def _run(record: Record) -> str:

@@ -23,6 +23,7 @@ from llava_st.video import load_video
 
 from .environment import ROOT, describe
 from .measure import summarise
+from .pages import replace_part
 
 RECORD = ROOT / "benchmarks" / "results" / "synthesis.json"
 PAGE = ROOT / "docs" / "synthesis.md"
@@ -81,11 +82,7 @@ def tables(record: dict[str, Any]) -> str:
 
 
 def page(text: str, record: dict[str, Any]) -> str:
-    before, begin, rest = text.partition("<!-- figures:begin -->")
-    _, end, after = rest.partition("<!-- figures:end -->")
-    if not begin or not end:
-        raise ValueError(f"{PAGE}: expected the markers of figures")
-    return f"{before}{begin}\n\n{tables(record)}\n\n{end}{after}"
+    return replace_part(text, "figures", tables(record))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

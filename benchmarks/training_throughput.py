@@ -27,10 +27,10 @@ from torch.utils.data import DataLoader
 
 from .environment import ROOT, describe
 from .measure import summarise
+from .pages import replace_part
 
 RECORD = ROOT / "benchmarks" / "results" / "training_throughput.json"
 PAGE = ROOT / "docs" / "training.md"
-BEGIN, END = "<!-- throughput:begin -->", "<!-- throughput:end -->"
 BATCH, WORKERS = 8, 2
 # Of a round: workers that have read ahead while nothing was timed must not help those that are.
 UNTIMED, STEPS, ROUNDS = 4, 8, 5
@@ -96,11 +96,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def page(text: str, record: dict[str, Any]) -> str:
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{PAGE}: expected {BEGIN} and, after it, {END}")
-    return f"{before}{BEGIN}\n\n{table(record)}\n\n{END}{after}"
+    return replace_part(text, "throughput", table(record))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

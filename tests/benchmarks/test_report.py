@@ -110,13 +110,13 @@ def test_gigabytes_per_second_are_counted_bytes_over_the_median():
     assert record.gigabytes_per_second(case, {"median_ms": 2.0}) == pytest.approx(2.0)
 
 
-README = f"""# Title
+README = """# Title
 
 before
 
-{report.BEGIN}
+<!-- benchmark:begin -->
 anything old
-{report.END}
+<!-- benchmark:end -->
 
 after
 """
@@ -131,8 +131,8 @@ def test_readme_between_the_markers_is_generated(made_up, tmp_path):
     assert report.main(arguments) == 0
     text = readme.read_text()
     assert report.main([*arguments, "--check"]) == 0
-    assert text.startswith(README.partition(report.BEGIN)[0])
-    assert text.endswith(README.partition(report.END)[2])
+    assert text.startswith(README.partition("<!-- benchmark:begin -->")[0])
+    assert text.endswith(README.partition("<!-- benchmark:end -->")[2])
     assert "anything old" not in text
     # Ours, eager, the fastest other, the floor, and what follows from them.
     expected = "| 80.00 | 400 | 160 (einsum, compiled) | 40.00 | 5.0 | 2.00 | 50% | 0.50 |"
