@@ -44,7 +44,7 @@ class Stage:
         return _STAGES / f"{self.name}.yaml"
 
 
-# Pictures come first: one takes a fifth of a video's time, and what is learned of matching names holds in videos.
+# Pictures come first: they take less time than videos, and what is learned of names holds in both.
 STAGES = (
     Stage("names", ("rec", "reg"), (1, 3), 12),
     Stage("places", ("tvg", "svg", "svg", "rec"), (1, 3), 12, longest_tube=1),
