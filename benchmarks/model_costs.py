@@ -6,11 +6,8 @@ tables of docs/model.md anew from it (`--report` does that alone).
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +21,7 @@ from transformers import DynamicCache, SiglipVisionConfig, SiglipVisionModel
 from .environment import ROOT, describe
 from .measure import CpuTimer, Rounds, interleave, summarise
 from .memory import peak_memory
-from .pages import replace_part
+from .pages import measure_command, replace_part
 
 RECORD = ROOT / "benchmarks" / "results" / "model_costs.json"
 PAGE = ROOT / "docs" / "model.md"
@@ -184,21 +181,17 @@ def page(text: str, record: dict[str, Any]) -> str:
     return replace_part(text, "costs", tables(record))
 
 
+def measure() -> dict[str, Any]:
+    rounds = Rounds(fewest=15, most=60, seconds=60)
+    return {
+        "environment": describe(torch.device("cpu")),
+        "decoding": measure_decoding(rounds),
+        "tower": measure_tower(),
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--report", action="store_true", help="measure nothing: the page, from the record")
-    parser.add_argument("--out", type=Path, default=RECORD, help="where the record goes")
-    options = parser.parse_args(arguments)
-    if not options.report:
-        rounds = Rounds(fewest=15, most=60, seconds=60)
-        record = {
-            "environment": describe(torch.device("cpu")),
-            "decoding": measure_decoding(rounds),
-            "tower": measure_tower(),
-        }
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
-    PAGE.write_text(page(PAGE.read_text(), json.loads(options.out.read_text())))
-    return 0
+    return measure_command(arguments, __doc__, measure, RECORD, page, PAGE)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from llava_st.reproduction.arms import ARMS, Arm
 from llava_st.reproduction.proving import predict, prove
 from llava_st.reproduction.recipe import STAGES, Budget, train
 from llava_st.synthesis import synthesize
+from llava_st.training.checkpoints import last_checkpoint
 from llava_st.training.run import Evaluate
 
 from . import reproduction_report as report
@@ -83,18 +84,16 @@ def _evaluator(folder: Path, tasks: Sequence[str]) -> Evaluate:
 
 def _curve(folder: Path) -> list[dict[str, float]]:
     """What a stage reported, by step."""
-    last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((last_checkpoint(folder) / "trainer_state.json").read_text())["log_history"]
     kept = ("step", "loss", "tokens_per_second", "waiting_for_data")
     return [{k: v for k, v in entry.items() if k in kept or k.startswith("eval/")} for entry in history]
 
 
 def save_checkpoint(pipeline: LlavaStPipeline, folder: Path) -> None:
-    """In half precision."""
+    """In half precision, which the pipeline then has, too."""
     shutil.rmtree(folder, ignore_errors=True)
     pipeline.model.half().save_pretrained(folder)
     pipeline.processor.save_pretrained(folder)
-    pipeline.model.float()
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -124,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train")
     training.add_argument("--seed", type=int, default=0)
-    training.add_argument("--clips", type=int, default=CLIPS, help="in all stages; default: %(default)s")
+    training.add_argument("--clips", type=int, default=CLIPS, help="see Budget.of; default: %(default)s")
     training.add_argument("--checkpoint", type=Path, default=FOLDER / "checkpoint", help="default: %(default)s")
     ablation = commands.add_parser("ablate")
     ablation.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

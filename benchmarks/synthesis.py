@@ -6,8 +6,6 @@ anew from it (`--report` does that alone).
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import tempfile
 import time
@@ -23,7 +21,7 @@ from llava_st.video import load_video
 
 from .environment import ROOT, describe
 from .measure import summarise
-from .pages import replace_part
+from .pages import measure_command, replace_part
 
 RECORD = ROOT / "benchmarks" / "results" / "synthesis.json"
 PAGE = ROOT / "docs" / "synthesis.md"
@@ -85,15 +83,12 @@ def page(text: str, record: dict[str, Any]) -> str:
     return replace_part(text, "figures", tables(record))
 
 
+def measure() -> dict[str, Any]:
+    return {"environment": describe(torch.device("cpu")), "constant": constant_scores(), "speed": speed()}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--report", action="store_true", help="measure nothing: the page, from the record")
-    options = parser.parse_args(arguments)
-    if not options.report:
-        record = {"environment": describe(torch.device("cpu")), "constant": constant_scores(), "speed": speed()}
-        RECORD.write_text(json.dumps(record, indent=1) + "\n")
-    PAGE.write_text(page(PAGE.read_text(), json.loads(RECORD.read_text())))
-    return 0
+    return measure_command(arguments, __doc__, measure, RECORD, page, PAGE)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ and makes the table of docs/training.md anew from it (`--report` does that alone
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import tempfile
 import time
@@ -27,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from .environment import ROOT, describe
 from .measure import summarise
-from .pages import replace_part
+from .pages import measure_command, replace_part
 
 RECORD = ROOT / "benchmarks" / "results" / "training_throughput.json"
 PAGE = ROOT / "docs" / "training.md"
@@ -36,7 +34,7 @@ BATCH, WORKERS = 8, 2
 UNTIMED, STEPS, ROUNDS = 4, 8, 5
 
 
-def measure() -> dict[str, Any]:
+def measure_steps() -> dict[str, Any]:
     """Milliseconds of a step of the reproduction's model, forward and backward, by where batches come from."""
     config, processor = shapes_processor(texts(100))
     model = LlavaStForConditionalGeneration(config).train()
@@ -99,15 +97,12 @@ def page(text: str, record: dict[str, Any]) -> str:
     return replace_part(text, "throughput", table(record))
 
 
+def measure() -> dict[str, Any]:
+    return {"environment": describe(torch.device("cpu")), "steps": measure_steps()}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--report", action="store_true", help="measure nothing: the page, from the record")
-    options = parser.parse_args(arguments)
-    if not options.report:
-        record = {"environment": describe(torch.device("cpu")), "steps": measure()}
-        RECORD.write_text(json.dumps(record, indent=1) + "\n")
-    PAGE.write_text(page(PAGE.read_text(), json.loads(RECORD.read_text())))
-    return 0
+    return measure_command(arguments, __doc__, measure, RECORD, page, PAGE)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from ..evaluation.samples import Sample
 from ..evaluation.scoring import score
 from ..geometry import Tube
 from ..pipeline import LlavaStPipeline
-from ..synthesis import benchmarks, constant_answer, event_truth, make_scene, synthesize
+from ..synthesis import Scene, benchmarks, constant_answer, event_truth, make_scene, synthesize
 
 _SIZE, _BATCH = 96, 20
 # A tube of the longest span: 12 frames of 12 tokens, and what is before them.
@@ -44,10 +44,10 @@ def prove(pipeline: LlavaStPipeline, folder: Path, seed: int, clips: int) -> dic
         raise ValueError(f"clips: expected 2 at least, to show another, got {clips}")
     synthesize(folder, clips, seed, split="held-out", size=_SIZE)
     scenes = [make_scene(seed, "held-out", clip) for clip in range(clips)]
-    asked = _stvg(folder, scenes, "asked")
+    asked = read_dataset("stvg", folder / "benchmark" / "stvg.json")
     samples = asked.samples
     swapped = [replace(each, media=other.media) for each, other in zip(samples, samples[1:] + samples[:1], strict=True)]
-    others = _stvg(folder, scenes, "other")
+    others = _about_others(folder, scenes)
     answers = predict(pipeline, folder, others.samples)
     return {
         "constant": _constant_scores(scenes),
@@ -65,10 +65,10 @@ def predict(pipeline: LlavaStPipeline, folder: Path, samples: Sequence[Sample]) 
     ]
 
 
-def _stvg(folder: Path, scenes: Sequence[Any], which: str) -> Dataset:
-    """Questions about the object of each scene that it names `asked` or `other`."""
-    path = folder / f"{which}.json"
-    path.write_text(json.dumps(benchmarks(scenes, _SIZE, lambda scene: getattr(scene, which))["stvg"]))
+def _about_others(folder: Path, scenes: Sequence[Scene]) -> Dataset:
+    """Questions about another object of each scene than the benchmark's."""
+    path = folder / "other.json"
+    path.write_text(json.dumps(benchmarks(scenes, _SIZE, lambda scene: scene.other)["stvg"]))
     return read_dataset("stvg", path)
 
 
@@ -77,7 +77,7 @@ def _scores(dataset: Dataset, predictions: Sequence[Prediction]) -> Scores:
     return {name: found[key] / 100 for name, key in _SCORES.items()}
 
 
-def _constant_scores(scenes: Sequence[Any]) -> Scores:
+def _constant_scores(scenes: Sequence[Scene]) -> Scores:
     """Of the best span and the best box together."""
     truths = [event_truth(scene, scene.asked) for scene in scenes]
     best = constant_answer(truths)
