@@ -32,7 +32,7 @@ from . import reproduction_report as report
 from .environment import ROOT, describe
 
 FOLDER = ROOT / "build" / "reproduction"
-CLIPS, ABLATION_CLIPS = 8_000, 2_000
+CLIPS, ABLATION_CLIPS = 2_000, 500
 # Of the clips that a record's scores are of; those of training have the run's own seed, and another split.
 PROOF_SEED, PROOF_CLIPS = 1_000, 200
 _VALIDATION_CLIPS = 64

@@ -14,11 +14,12 @@ from ..synthesis import make_records, make_scene, synthesize
 from ..training.run import Evaluate, run_stage
 from ..training.settings import read_settings
 from .arms import ARMS, Arm
-from .start import write_start
+from .start import write_start, write_tower
 
 _STAGES = Path(__file__).parent / "stages"
 _SAMPLES_OF_A_STEP = 16
 _TEXT_CLIPS = 300  # whose questions and answers the tokenizer learns its words from
+_START_CLIPS = 200  # that the projector learns from before the first stage
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,8 @@ class Budget:
 
     @classmethod
     def of(cls, clips: int) -> Budget:
-        """Of so many clips in the first stage, and half as many in each of the others."""
-        each = {"names": clips, "places": max(clips // 2, 1), "tubes": max(clips // 2, 1)}
-        return cls(each, tower_clips=max(clips // 4, 1), tower_steps=max(clips // 2, 1))
+        """Of so many clips in each stage."""
+        return cls({stage.name: clips for stage in STAGES}, tower_clips=clips, tower_steps=2 * clips)
 
 
 def train(
@@ -148,7 +148,10 @@ def _write_start(
     torch.set_num_threads(max(threads, PartialState().num_processes))  # the other processes wait
     objects = STAGES[0].objects
     scenes = [make_scene(seed, "train", clip, objects=objects) for clip in range(budget.tower_clips)]
-    write_start(model, folder, scenes, texts(_TEXT_CLIPS), seed, budget.tower_steps, progress, **changes)
+    words, tower = texts(_TEXT_CLIPS), model.parent / "tower.safetensors"
+    if not tower.exists():
+        write_tower(tower, folder, scenes, words, seed, budget.tower_steps, progress)
+    write_start(model, tower, folder, scenes[:_START_CLIPS], words, seed, **changes)
     torch.set_num_threads(threads)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -16,7 +17,8 @@ from llava_st.modeling_llava_st import LlavaStForConditionalGeneration
 from llava_st.pipeline import LlavaStPipeline
 from llava_st.reproduction import proving, recipe
 from llava_st.reproduction.arms import ARMS
-from llava_st.reproduction.start import initialise, shapes_processor, tower_data
+from llava_st.reproduction.directions import Directions
+from llava_st.reproduction.start import initialise, shapes_processor, start_language_model, tower_data, what_is_seen
 from llava_st.reproduction.tower import patch_truth, train_tower, waves
 from llava_st.synthesis import make_scene, synthesize
 from llava_st.synthesis.scenes import COLOURS, SHAPES
@@ -89,7 +91,7 @@ def test_words_are_tokens_and_phrases_one_token():
     assert len(tiny_tokenizer()) == 256 + 3 + 14 + 300
 
 
-def test_a_model_starts_with_positions_and_names(tmp_path):
+def test_a_model_starts_with_positions_and_a_projector(tmp_path):
     synthesize(tmp_path, clips=4, seed=0)
     model, processor = fresh_model()
     pixels, truth = tower_data(tmp_path, [make_scene(0, "train", clip) for clip in range(4)], model.config)
@@ -100,10 +102,41 @@ def test_a_model_starts_with_positions_and_names(tmp_path):
         assert torch.equal(table, getattr(lape, f"{axis}_output"))
         assert torch.nn.functional.cosine_similarity(table[1:], table[:-1]).min() > 0.8
     assert abs((lape.temporal_input @ lape.width_input.T).max()) < 1e-4  # each axis has its own dimensions
-    slow, _ = model.model.visual_tokenizer(model.model._vision_features(pixels[:20].float() / 127.5 - 1)[None])
-    assert 0.3 < slow.std() < 1.2
-    attention = model.model.language_model.layers[0].self_attn
-    assert torch.equal(attention.q_proj.weight, attention.k_proj.weight)
+    projected = model.model.visual_tokenizer.projector(model.model._vision_features(pixels.float() / 127.5 - 1))
+    objects = truth.colours > 0
+    assert projected[objects].norm(dim=-1).mean() > 1.3 * projected[~objects].norm(dim=-1).mean()
+
+
+def test_directions_are_at_right_angles():
+    directions = Directions.random(128)
+    rows = torch.cat([getattr(directions, field.name) for field in dataclasses.fields(directions)])
+    torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows)), atol=1e-5, rtol=0)
+    assert len(directions.names) == len(COLOURS) + len(SHAPES)
+
+
+def test_a_model_starts_with_heads_that_find_what_is_asked_for():
+    """Before anything is learned, a model that sees perfectly looks at the patches of the object in a question."""
+    model, processor = fresh_model()
+    scene = make_scene(0, "train", 11, objects=(3, 3))
+    frame = max(range(scene.frames), key=lambda f: sum(shape.visible(f) for shape in scene.objects))
+    truth = patch_truth(scene, 6)[torch.tensor([frame])]
+    directions = Directions.random(128)
+    start_language_model(model, processor, directions)
+    seen = model.model.lape.inject(what_is_seen(truth, directions)[:, None]).flatten(0, 3)
+    model.set_attn_implementation("eager")
+    shown = [shape for shape in scene.objects if shape.visible(frame)]
+    assert len(shown) > 1
+    for shape in shown:
+        image = (torch.zeros(1, 3, 72, 72), Media("image", 96, 96))
+        content = [{"type": "image", "image": image}, {"type": "text", "text": f"Where is the {shape.name}?"}]
+        inputs = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True).data
+        index = model.visual_index(inputs["input_ids"])
+        del inputs["pixel_values"]
+        outputs = model(**inputs, visual_tokens=seen, visual_index=index, output_attentions=True)
+        looks = outputs.attentions[1][0, 0, -1, index[0] >= 0].view(6, 6)
+        its = (truth.colours[0] == 1 + COLOURS.index(shape.colour)) & (truth.shapes[0] == 1 + SHAPES.index(shape.shape))
+        assert looks[its].sum() > 0.5
+        assert looks[~its].sum() < 0.1
 
 
 def test_all_stages_run_and_a_second_call_finds_them_done(trained):
