@@ -29,8 +29,8 @@ from .wiring import HEAD_DIM, ROPE_BASE, wire
 
 _WIDTH = 128
 # Sizes of what a token says: norms, and for words and logits standard deviations.
-_NAME, _EDGES, _VISUAL = 3.0, 0.9, 2.0  # of visual tokens; edges per wave
-_WORD, _NAME_WORD, _MARK = 0.2, 1.6, 0.8
+_NAME, _EDGES, _VISUAL = 6.0, 0.9, 3.0  # of visual tokens, before packing; edges per wave
+_WORD, _NAME_WORD = 0.2, 1.6
 _POSITION, _HEAD, _PACKER_OUTPUT = 0.25, 0.05, 0.02
 _LIKENESS = 0.7
 _PROJECTOR_STEPS, _PROJECTOR_RATE, _PROJECTOR_BATCH = 600, 3e-3, 2048
@@ -211,8 +211,6 @@ def _start_words(model: LlavaStForConditionalGeneration, processor: LlavaStProce
             raise ValueError(f"texts: expected them to make one token of {name!r}")
         words[token] = _NAME_WORD * (direction + directions.word)
         head[token] = _HEAD * _WIDTH**0.5 * direction
-    # Where nothing was named, the head that looks for names looks here, and not at what is near.
-    words[processor.tokenizer.convert_tokens_to_ids("<|im_start|>")] += _MARK * _NAME_WORD * directions.word[0]
 
 
 def _start_positions(lape: LanguageAlignedPositionalEmbedding, directions: Directions) -> None:

@@ -83,14 +83,14 @@ def wire(layers: Sequence[nn.Module], to: Directions) -> None:
     slow_cosine, slow_sine = to.temporal[0], to.temporal[AXIS_WAVES]  # a quarter of a period: one falls, one rises
     a_time, early = (slow_cosine + slow_sine) / math.sqrt(2), (slow_cosine - slow_sine) / math.sqrt(2)
     said, found, again = (layer.self_attn for layer in layers[:3])
-    _Head(said, 0).prefer(to.word[0], 1.6).near(5.0).copy(to.names, 0.35)
+    _Head(said, 0).prefer(to.word[0], 1.6).near(5.0).copy(to.names, 0.7)
     _Head(said, 1).prefer(a_time - to.visual[0], 1.2).near(6.0).copy(to.temporal, 0.4)
 
     def finder(attention: nn.Module, number: int) -> _Head:
-        return _Head(attention, number).match(to.names, 1.6).prefer(to.visual[0], 2.5)
+        return _Head(attention, number).match(to.names, 1.8).prefer(to.visual[0], 6.0)
 
     finder(found, 0).copy(to.edges, 0.5).copy(to.temporal, 0.3)
     finder(found, 1).match(to.temporal, 2.0).copy(to.edges, 0.5).copy(to.temporal, 0.3)
-    finder(found, 2).prefer(early, 2.0).copy(to.temporal, 0.4, to.first)
-    finder(found, 3).prefer(-early, 2.0).copy(to.temporal, 0.4, to.last)
+    finder(found, 2).prefer(early, 2.5).copy(to.temporal, 0.4, to.first)
+    finder(found, 3).prefer(-early, 2.5).copy(to.temporal, 0.4, to.last)
     finder(again, 0).copy(to.edges, 0.5).copy(to.temporal, 0.3)
