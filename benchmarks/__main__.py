@@ -23,7 +23,7 @@ from .environment import HUGE_PAGE_VARIABLE, ROOT, describe
 from .measure import Rounds, make_timer
 from .path_workloads import path_cases, path_workload
 from .peers import available_backends
-from .position_workloads import builders
+from .position_workloads import BUILDERS
 from .runner import Settings, run
 from .workloads import Workload, attention_workload, packer_workload
 
@@ -60,7 +60,7 @@ def _workloads(options: argparse.Namespace, clip: Clip, device: torch.device) ->
     ]
     found += [
         (name, lambda build=build: build(clip, device))
-        for name, (build, on_huge_pages) in builders(device).items()
+        for name, (build, on_huge_pages) in BUILDERS.items()
         if (options.fragment is None or on_huge_pages) and not (options.quick and "backward" in name)
     ]
     # Matrix products fill the packers' time on a CPU: what pages its results lie on makes no difference to speak of.

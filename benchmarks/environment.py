@@ -138,5 +138,5 @@ def describe(device: torch.device) -> dict[str, Any]:
         "versions": _versions(),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": ["python", "-m", "benchmarks", *sys.argv[1:]],
+        "command": ["python", *sys.orig_argv[1:]],
     }

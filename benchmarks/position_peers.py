@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -102,28 +101,3 @@ def chunked_loss(
     tables = (temporal, height, width)
     targets = targets_of(labels, axis, positions, len(weight), tables)
     return _ChunkedSum.apply(hidden, torch.cat([weight, *tables]), targets, chunk) / len(labels)
-
-
-HardLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def fused_losses() -> dict[str, HardLoss | str]:
-    """Fused linear cross entropies of others, for ordinary labels: `loss(hidden, weight, labels)`, the mean; or the
-    reason why one is not to be had. They run on a GPU alone."""
-    found: dict[str, HardLoss | str] = {}
-    try:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
-
-        found["Liger-Kernel"] = lambda hidden, weight, labels: liger(hidden, weight, labels)
-    except ImportError as error:
-        found["Liger-Kernel"] = str(error)
-    for name, threshold in (("gradient filtering", "high"), ("no gradient filtering", None)):
-        try:
-            from cut_cross_entropy import linear_cross_entropy
-
-            found[f"cut-cross-entropy, {name}"] = lambda hidden, weight, labels, threshold=threshold: (
-                linear_cross_entropy(hidden, weight, labels, filter_eps=threshold)
-            )
-        except ImportError as error:
-            found[f"cut-cross-entropy, {name}"] = str(error)
-    return found

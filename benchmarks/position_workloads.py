@@ -12,12 +12,14 @@ import llava_st_ops
 from llava_st_ops import reference
 
 from .clip import Clip, patch_features
+from .loss_peers import fused_losses
 from .peers import available_backends
-from .position_peers import chunked_loss, eager_add, eager_add_in_place, eager_scatter, fused_losses
+from .position_peers import chunked_loss, eager_add, eager_add_in_place, eager_scatter
 from .workloads import Contender, Workload, call_of
 
 WIDTH = 3584  # of LLaVA-ST's language model
 ANCHORS = 100
+TOKENS, WORDS = 2700, 152064  # of the loss; the words are Qwen2's
 _EAGER = "eager, as published"
 _TABLES = ("grad_temporal", "grad_height", "grad_width")
 
@@ -209,17 +211,31 @@ def scatter_workload(clip: Clip, device: torch.device) -> Workload:
     )
 
 
-def loss_workload(device: torch.device) -> Workload:
+def loss_workload(clip: Clip, device: torch.device) -> Workload:
+    """Words and positions anywhere between anchors."""
+    return _loss_workload(device, hard=False)
+
+
+def hard_loss_workload(clip: Clip, device: torch.device) -> Workload:
+    """Words and positions at anchors, which are ordinary labels: what fused losses of others compute, too. These take
+    all classes as one table, which is made before the clock starts."""
+    return _loss_workload(device, hard=True)
+
+
+def _loss_workload(device: torch.device, hard: bool) -> Workload:
     """2,700 tokens over the vocabulary of Qwen2: on a CPU with a tenth of the width, which it can afford."""
     gpu = device.type == "cuda"
     dtype, width, chunk = (torch.bfloat16, WIDTH, 1024) if gpu else (torch.float32, 256, 256)
-    count, words = 2700, 152064
     generator = torch.Generator().manual_seed(0)
-    shapes = [(count, width), (words, width), *[(ANCHORS, width)] * 3]
+    shapes = [(TOKENS, width), (WORDS, width), *[(ANCHORS, width)] * 3]
     sources = [_random(s, i, dtype, device).mul_(0.05 if i else 1).requires_grad_() for i, s in enumerate(shapes)]
-    axis = torch.randint(-3, 3, (count,), generator=generator).clamp(min=-1).to(torch.int8)
-    labels = torch.randint(0, words, (count,), generator=generator)
-    positions = torch.rand(count, generator=generator, dtype=torch.float64)
+    axis = torch.randint(-3, 3, (TOKENS,), generator=generator).clamp(min=-1).to(torch.int8)
+    labels = torch.randint(0, WORDS, (TOKENS,), generator=generator)
+    positions = torch.rand(TOKENS, generator=generator, dtype=torch.float64)
+    if hard:
+        anchor = torch.randint(0, ANCHORS, (TOKENS,), generator=generator)
+        positions = anchor.double() / (ANCHORS - 1)
+        classes = labels.where(axis < 0, WORDS + axis.long() * ANCHORS + anchor)
     tokens = [x.to(device) for x in (labels, axis, positions)]
     one = (torch.ones((), dtype=torch.float32, device=device),)
     baseline = "chunked PyTorch"
@@ -235,96 +251,60 @@ def loss_workload(device: torch.device) -> Workload:
         results = call_of(chunked, wide, wide, (one[0].double(),))()
         return dict(zip(("loss", "grad_hidden", "grad_weight", *_TABLES), results, strict=True))
 
+    others = _fused_contenders(sources, classes.to(device), one) if hard else []
     return Workload(
         description=_description(
-            f"coordinate_cross_entropy {count} tokens x {words} + {3 * ANCHORS} classes, width {width}",
+            f"coordinate_cross_entropy {TOKENS} tokens x {WORDS} + {3 * ANCHORS} classes, "
+            f"{'hard labels, ' if hard else ''}width {width}",
             "forward+backward",
             dtype,
-            "a sample of LLaVA-ST with Qwen2's vocabulary",
+            "positions at anchors, for comparison with fused losses that know ordinary labels only; these take all "
+            "classes as one table, made beforehand"
+            if hard
+            else "a sample of LLaVA-ST with Qwen2's vocabulary",
             baseline,
-            flops=3 * 2 * count * (words + 3 * ANCHORS) * width,
+            flops=3 * 2 * TOKENS * (WORDS + 3 * ANCHORS) * width,
             flops_counted="logits and the gradients of both factors; logits that are computed again do not count",
         ),
         contenders=[
             *(Contender(n, "ours", call_of(f, sources, sources, one)) for n, f in _ours(ours, device, dtype).items()),
-            Contender(baseline, "peer", call_of(chunked, sources, sources, one)),
+            Contender(baseline, "peer", call_of(lambda *rows: chunked(*rows).float(), sources, sources, one)),
+            *others,
         ],
         truth=truth,
         reference=baseline,
         passes=[],
         dtype=dtype,
-        rounds=3,
+        rounds=None if gpu else 3,
     )
 
 
-def hard_loss_workload(device: torch.device) -> Workload:
-    """Ordinary labels alone, with the head trained: what other fused losses compute, too. For a GPU."""
-    dtype, count, words = torch.bfloat16, 2700, 152064
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(count, WIDTH), (words, WIDTH), *[(1, WIDTH)] * 3]
-    hidden, weight, *tables = (
-        _random(shape, i, dtype, device).mul_(0.02 if i else 1) for i, shape in enumerate(shapes)
-    )
-    tables = [table.fill_(0) for table in tables]  # three classes more, of no weight to speak of among so many
-    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
-    labels = torch.randint(0, words, (count,), generator=generator).to(device)
-    axis = torch.full((count,), -1, dtype=torch.int8, device=device)
-    positions = torch.full((count,), float("nan"), dtype=torch.float64, device=device)
-    one = (torch.ones((), dtype=torch.float32, device=device),)
-    baseline = "chunked PyTorch"
+def _fused_contenders(sources: list[Tensor], labels: Tensor, grads: tuple[Tensor, ...]) -> list[Contender]:
+    """Losses of others, on the tables of `sources` as one."""
+    hidden, *tables = sources
+    leaves = [hidden, torch.cat(tables).detach().requires_grad_()]
 
-    def ours(*rows: Tensor) -> Tensor:
-        return llava_st_ops.coordinate_cross_entropy(*rows, *tables, labels, axis, positions)
+    def contender(name: str, loss: Function) -> Contender:
+        call = call_of(lambda *rows: loss(*rows, labels).float(), leaves, leaves, grads)
 
-    def chunked(*rows: Tensor) -> Tensor:
-        return chunked_loss(*rows, *(table.to(rows[0].dtype) for table in tables), labels, axis, positions, chunk=1024)
+        def with_separate_gradients() -> tuple[Tensor, ...]:
+            value, grad_hidden, grad_classes = call()
+            return value, grad_hidden, *grad_classes.split([len(table) for table in tables])
 
-    def contender(name: str, found: Function | str) -> Contender:
-        if isinstance(found, str):
-            return Contender(name, "peer", None, found)
-        return Contender(name, "peer", call_of(lambda *rows: found(*rows, labels).float(), leaves, leaves, one))
+        return Contender(name, "peer", with_separate_gradients)
 
-    def truth() -> dict[str, Tensor]:
-        wide = [x.detach().double().requires_grad_() for x in leaves]
-        results = call_of(chunked, wide, wide, (one[0].double(),))()
-        return dict(zip(("loss", "grad_hidden", "grad_weight"), results, strict=True))
-
-    return Workload(
-        description=_description(
-            f"coordinate_cross_entropy {count} tokens x {words} classes, hard labels, width {WIDTH}",
-            "forward+backward",
-            dtype,
-            "Qwen2-7B's head, for comparison with fused losses that know ordinary labels only",
-            baseline,
-            flops=3 * 2 * count * words * WIDTH,
-            flops_counted="logits and the gradients of both factors; logits that are computed again do not count",
-        ),
-        contenders=[
-            *(Contender(n, "ours", call_of(f, leaves, leaves, one)) for n, f in _ours(ours, device, dtype).items()),
-            Contender(baseline, "peer", call_of(lambda *rows: chunked(*rows).float(), leaves, leaves, one)),
-            *(contender(name, found) for name, found in fused_losses().items()),
-        ],
-        truth=truth,
-        reference=baseline,
-        passes=[],
-        dtype=dtype,
-    )
+    return [
+        Contender(name, "peer", None, found) if isinstance(found, str) else contender(name, found)
+        for name, found in fused_losses(hidden.device).items()
+    ]
 
 
-Builder = Callable[[Clip, torch.device], Workload]
-
-# Name, and whether the memory that results lie on matters: then it is measured with huge pages, too.
-ON_GPUS: dict[str, tuple[Builder, bool]] = {
-    "coordinate_cross_entropy, hard labels, forward+backward": (lambda clip, device: hard_loss_workload(device), False)
-}
-EVERYWHERE: dict[str, tuple[Builder, bool]] = {
+# Name, builder, and whether the memory that results lie on matters: then it is measured with huge pages, too.
+BUILDERS: dict[str, tuple[Callable[[Clip, torch.device], Workload], bool]] = {
     "lape_add, forward": (functools.partial(add_workload, "forward"), True),
     "lape_add, in place": (in_place_workload, False),
     "lape_add, forward+backward": (functools.partial(add_workload, "forward+backward"), True),
     "lape_scatter, forward": (scatter_workload, True),
-    "coordinate_cross_entropy, forward+backward": (lambda clip, device: loss_workload(device), False),
+    "coordinate_cross_entropy, forward+backward": (loss_workload, False),
+    "coordinate_cross_entropy, hard labels, forward+backward": (hard_loss_workload, False),
 }
-
-
-def builders(device: torch.device) -> dict[str, tuple[Builder, bool]]:
-    return EVERYWHERE | (ON_GPUS if device.type == "cuda" else {})

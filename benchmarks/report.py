@@ -1,7 +1,4 @@
-"""Tables from records: the full one for the terminal, a short one for README.md.
-
-python -m benchmarks.report RECORD... [--readme README.md [--check]]
-"""
+"""The table of a record, for the terminal: every case and implementation."""
 
 from __future__ import annotations
 
@@ -12,11 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from . import record as records
-from .environment import HUGE_PAGE_VARIABLE
-from .pages import replace_part
 from .record import ALLOCATORS, Measurement, Record
 
-PART = "benchmark"
 _ALLOCATOR_TITLES = {"default": "torch's allocator as it comes", "huge pages": "THP_MEM_ALLOC_ENABLE=1 (huge pages)"}
 _NONE = "-"
 
@@ -136,92 +130,11 @@ def _bytes_counted(record: Record) -> dict[str, str]:
     return {case["mode"]: case["bytes_counted"] for case in record["cases"] if "bytes_counted" in case}
 
 
-_SHORT_TABLE_FRAMES = 40
-
-
-def _short_row(record: Record, case: dict[str, Any], allocator: str) -> list[str] | None:
-    found = records.measurements(record, case["name"], allocator)
-    ours, baseline = records.fastest(found, "ours"), records.named(found, case["baseline"])
-    if ours is None or baseline is None:
-        return None
-    peers = [m for m in records.timed(found, "peer", "reference") if m is not baseline]
-    floor = records.fastest(found, "floor")
-    # Errors are measured once, with the first allocator setting.
-    first = records.measurements(record, case["name"], _allocators(record)[0])
-    checked = records.named(first, ours["implementation"])
-    peer = f"{_milliseconds(peers[0]['median_ms'])} ({peers[0]['implementation']})" if peers else _NONE
-    slower = _milliseconds(baseline["median_ms"])
-    return [
-        case["name"],
-        allocator,
-        _milliseconds(ours["median_ms"]),
-        slower if "as published" in case["baseline"] else f"{slower} ({case['baseline']})",
-        peer,
-        _milliseconds(floor["median_ms"]) if floor else _NONE,
-        _number(records.ratio(baseline, ours), "{:.1f}"),
-        _number(records.ratio(peers[0], ours), "{:.2f}") if peers else _NONE,
-        _percent(records.ratio(floor, ours)),
-        _number(checked and checked.get("error_over_reference"), "{:.2f}"),
-        _peaks(first, ours["implementation"], case["baseline"]),
-    ]
-
-
-def _peaks(found: list[Measurement], *names: str) -> str:
-    """Peak memory of implementations in MiB, side by side."""
-    peaks = [m.get("peak_memory_bytes") for m in (records.named(found, name) for name in names) if m]
-    return " / ".join(_number(peak and peak / 2**20, "{:.0f}") for peak in peaks)
-
-
-def markdown(record: Record, name: str) -> str:
-    """One line per case and allocator setting; short clips are left to the record. `name` is the record's file."""
-    environment = record["environment"]
-    versions = environment["versions"]
-    header = ["case", "allocator", "ours, ms", "eager as published, ms", "fastest other, ms", "floor, ms"]
-    header += ["x eager", "x fastest other", "of floor", "error / reference's", "peak MiB, ours / eager"]
-    cases = [case for case in record["cases"] if case.get("frames", _SHORT_TABLE_FRAMES) >= _SHORT_TABLE_FRAMES]
-    rows = [_short_row(record, case, allocator) for case in cases for allocator in _allocators(record)]
-    lines = [
-        f"**{environment['device']}**, {environment['cpu']['torch_threads']} CPU threads, load average at the start "
-        f"{_number(environment['cpu']['load_average_1min'], '{:.1f}')}, torch {versions['torch']}, "
-        f"llava_st_ops {versions['llava_st_ops']}, commit {environment['commit'][:12]}, {environment['date'][:10]}. "
-        f"Medians; record, with spread and all cases: `benchmarks/results/{name}`.",
-        "",
-        f"| {' | '.join(header)} |",
-        f"|{'|'.join(['---'] * 2 + ['---:'] * (len(header) - 2))}|",
-        *(f"| {' | '.join(row)} |" for row in rows if row is not None),
-    ]
-    if "huge pages" in _allocators(record):
-        lines += ["", f"Allocator `huge pages`: torch run with {HUGE_PAGE_VARIABLE}=1, for all implementations alike."]
-    return "\n".join(lines)
-
-
-def generate_readme(text: str, tables: Sequence[str]) -> str:
-    """`text` with what is between the two markers replaced by the tables."""
-    return replace_part(text, PART, "\n\n".join(tables))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Tables from benchmark records.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("record", type=Path, nargs="+", help="JSON file that `python -m benchmarks` wrote")
-    parser.add_argument("--readme", type=Path, help=f"rewrite the part {PART} of this file")
-    parser.add_argument("--check", action="store_true", help="with --readme: change nothing, fail if it is out of date")
     options = parser.parse_args(arguments)
-    if options.check and options.readme is None:
-        parser.error("--check needs --readme")
-    read = [(path, records.read(path)) for path in options.record]
-    if options.readme is None:
-        print("\n\n".join(full_table(record) for _, record in read))
-        return 0
-    text = options.readme.read_text()
-    try:
-        generated = generate_readme(text, [markdown(record, path.name) for path, record in read])
-    except ValueError as error:
-        parser.error(f"{options.readme}: {error}")
-    if options.check:
-        if generated != text:
-            print(f"{options.readme} is out of date: run this without --check", file=sys.stderr)
-        return int(generated != text)
-    options.readme.write_text(generated)
+    print("\n\n".join(full_table(records.read(path)) for path in options.record))
     return 0
 
 

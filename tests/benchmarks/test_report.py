@@ -110,60 +110,7 @@ def test_gigabytes_per_second_are_counted_bytes_over_the_median():
     assert record.gigabytes_per_second(case, {"median_ms": 2.0}) == pytest.approx(2.0)
 
 
-README = """# Title
-
-before
-
-<!-- benchmark:begin -->
-anything old
-<!-- benchmark:end -->
-
-after
-"""
-
-
-def test_readme_between_the_markers_is_generated(made_up, tmp_path):
-    path, readme = record.write(made_up, tmp_path), tmp_path / "README.md"
-    readme.write_text(README)
-    arguments = [str(path), "--readme", str(readme)]
-    assert report.main([*arguments, "--check"]) == 1
-    assert readme.read_text() == README
-    assert report.main(arguments) == 0
-    text = readme.read_text()
-    assert report.main([*arguments, "--check"]) == 0
-    assert text.startswith(README.partition("<!-- benchmark:begin -->")[0])
-    assert text.endswith(README.partition("<!-- benchmark:end -->")[2])
-    assert "anything old" not in text
-    # Ours, eager, the fastest other, the floor, and what follows from them.
-    expected = "| 80.00 | 400 | 160 (einsum, compiled) | 40.00 | 5.0 | 2.00 | 50% | 0.50 |"
-    assert f"| spatial 40 frames, forward, float32 | default {expected}" in text
-    assert "spatial 8 frames" not in text, "short clips are left to the record"
-    assert path.name in text
-    assert report.main(arguments) == 0
-    assert readme.read_text() == text
-
-
-def test_a_changed_record_puts_the_readme_out_of_date(made_up, tmp_path):
-    path, readme = record.write(made_up, tmp_path), tmp_path / "README.md"
-    readme.write_text(README)
-    report.main([str(path), "--readme", str(readme)])
-    changed = copy.deepcopy(made_up)
-    for changed_measurement in changed["measurements"]:
-        changed_measurement["median_ms"] = 2 * changed_measurement.get("median_ms", 0)
-    record.write(changed, tmp_path)
-    assert report.main([str(path), "--readme", str(readme), "--check"]) == 1
-
-
-def test_a_readme_without_markers_is_refused(made_up, tmp_path, capsys):
-    path, readme = record.write(made_up, tmp_path), tmp_path / "README.md"
-    readme.write_text("# Title\n")
-    with pytest.raises(SystemExit):
-        report.main([str(path), "--readme", str(readme)])
-    assert "benchmark:begin" in capsys.readouterr().err
-    assert readme.read_text() == "# Title\n"
-
-
-def test_table_is_printed_without_a_readme(made_up, tmp_path, capsys):
+def test_the_table_of_a_record_is_printed(made_up, tmp_path, capsys):
     assert report.main([str(record.write(made_up, tmp_path))]) == 0
     assert "llava_st_ops, cpu" in capsys.readouterr().out
 

@@ -1,0 +1,1 @@
+"""One page and README's table from all records of `benchmarks/results`."""

@@ -1,0 +1,51 @@
+"""The page of all records, and README's tables.
+
+python -m benchmarks.site [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..environment import ROOT
+from ..pages import replace_part
+from .archive import Archive
+from .page import page
+from .readme import tables
+
+PART = "benchmark"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.site",
+        description="Makes one HTML page of all records, and the tables of README.md.",
+    )
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the records")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "report.html", help="the page")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help=f"its part {PART} is made anew")
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if page or README are out of date")
+    options = parser.parse_args(arguments)
+    archive = Archive.read(options.results)
+    folder = Path(os.path.relpath(options.results, options.out.parent)).as_posix()
+    readme = options.readme.read_text()
+    try:
+        made = {options.out: page(archive, folder), options.readme: replace_part(readme, PART, tables(archive))}
+    except ValueError as error:
+        parser.error(f"{options.readme}: {error}")
+    outdated = [path for path, text in made.items() if not path.exists() or path.read_text() != text]
+    if options.check:
+        for path in outdated:
+            print(f"{path} is out of date: make report", file=sys.stderr)
+        return int(bool(outdated))
+    for path in outdated:
+        path.write_text(made[path])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
