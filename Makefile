@@ -14,7 +14,7 @@ CPP := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 PROCESSES ?= $(if $(GPU),1,2)
 TRAIN := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(PROCESSES) -m benchmarks.reproduction
 
-.PHONY: env test bench reproduce ablate mutate cuda lint format wheel clean
+.PHONY: env test bench report docs reproduce ablate mutate cuda lint format wheel clean
 
 env: $(VENV)/ready
 
@@ -34,6 +34,14 @@ test: env
 # The main job: a real clip through every backend of this machine. BENCH_ARGS="--video FILE" takes your own.
 bench: env
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+# One page of all records, docs/report.html, and README's tables.
+report: env
+	$(BIN)/python -m benchmarks.site $(REPORT_ARGS)
+
+# The site, into build/site; a broken link or a name that is not there is an error.
+docs: env
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # Trains the small model of moving shapes from nothing, and proves what it learned. REPRODUCE_ARGS="--seed 1".
 reproduce: env

@@ -153,6 +153,12 @@ class use_backend:  # noqa: N801 - a context manager, named as torch.no_grad is
 
     The choice is local to the thread and the asyncio task. Code under `torch.compile` sees the latest choice in force
     in the process instead, and is compiled anew when it changes.
+
+    Args:
+        backend: `"cpu"`, `"cuda"`, `"triton"` or `"reference"`.
+
+    Raises:
+        ValueError: another word.
     """
 
     def __init__(self, backend: str) -> None:

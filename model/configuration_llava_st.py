@@ -39,7 +39,8 @@ def anchor_tokens(num_bins: tuple[int, int, int]) -> list[str]:
 
 
 class LlavaStConfig(PreTrainedConfig):
-    """
+    """The configuration of a LLaVA-ST model, of which inputs and weights are both made.
+
     Args:
         vision_config: of the vision tower, a `SiglipVisionConfig`; `num_hidden_layers` are the layers that are run. The
             published tower is SigLIP so400m/14 at 384 pixels without its last layer: 26. The tower's own last norm and
@@ -52,12 +53,19 @@ class LlavaStConfig(PreTrainedConfig):
         lape: whether there are positions; False in the first training stage.
         num_bins: anchors of time, height and width.
         num_frames: frames that are sampled from a video unless told otherwise. Any number works.
-        packer_dim, packer_heads: width and heads of the packer's attention.
-        spatial_factor, temporal_factor, fast_factor: see `nn.SpatialTemporalPacker`.
+        packer_dim: width of the packer's attention.
+        packer_heads: its heads.
+        spatial_factor: see `nn.SpatialTemporalPacker`.
+        temporal_factor: likewise.
+        fast_factor: likewise.
         pack_images: images are packed by the first packer as a video's frames are (the published
             `use_downsample_image`), and do not keep all their tokens.
         packer_execution: `"folded"` or `"direct"`, see `nn.VisualTokenizer`.
         vision_chunk_frames: frames that the vision tower takes at a time.
+        tie_word_embeddings: the head's weight is the embedding's; also where `text_config` says so.
+
+    Raises:
+        ValueError: another word for `compat`, or `token_ids` without one of the tokens.
     """
 
     model_type = "llava_st"
@@ -103,6 +111,7 @@ class LlavaStConfig(PreTrainedConfig):
 
     @property
     def coordinate_tokens(self) -> CoordinateTokens:
+        """The ids that `nn.LanguageAlignedPositionalEmbedding` needs."""
         template = {name: self.token_ids[name] for name in TEMPLATE_TOKENS}
         return CoordinateTokens(self.vocab_size, **template, visual=tuple(self.token_ids[n] for n in VISUAL_TOKENS))
 
@@ -112,11 +121,22 @@ class LlavaStConfig(PreTrainedConfig):
         return (self.vision_config.image_size // self.vision_config.patch_size,) * 2
 
     def image_grid(self) -> tuple[int, int]:
-        """Visual tokens of an image, rows and columns."""
+        """Visual tokens of an image.
+
+        Returns:
+            Rows and columns.
+        """
         return tuple(-(-n // self.spatial_factor) for n in self.patch_grid) if self.pack_images else self.patch_grid
 
     def video_grids(self, frames: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """Visual tokens of a video, `(fast, slow)`: frames, rows and columns of each stream."""
+        """Visual tokens of a video.
+
+        Args:
+            frames: how many are sampled.
+
+        Returns:
+            `(fast, slow)`, of each stream its frames, rows and columns.
+        """
         packed = [-(-n // self.spatial_factor) for n in self.patch_grid]
         fast = (frames, *(-(-n // self.fast_factor) for n in packed))
         return fast, (-(-frames // self.temporal_factor), *packed)

@@ -90,7 +90,14 @@ class LlavaStPreTrainedModel(PreTrainedModel):
 
 
 class LlavaStModel(LlavaStPreTrainedModel):
-    """Everything but the head: pictures to visual tokens, tokens to input embeddings, the language model."""
+    """Everything but the head: pictures to visual tokens, tokens to input embeddings, the language model.
+
+    Args:
+        config: what the model is made of; its weights are random.
+
+    Raises:
+        ValueError: the language model has no plain embedding.
+    """
 
     def __init__(self, config: LlavaStConfig) -> None:
         super().__init__(config)
@@ -121,6 +128,7 @@ class LlavaStModel(LlavaStPreTrainedModel):
 
     @property
     def lape(self) -> LanguageAlignedPositionalEmbedding | None:
+        """The positions; None where the configuration has none."""
         return self.visual_tokenizer.lape
 
     def get_input_embeddings(self) -> nn.Module:
@@ -130,8 +138,17 @@ class LlavaStModel(LlavaStPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Images `[N, 3, S, S]` with values in [-1, 1], S the tower's `image_size` -> visual tokens
-        `[N, rows * columns, C]`, row by row. Another size: ValueError."""
+        """The visual tokens of images.
+
+        Args:
+            pixel_values: `[N, 3, S, S]` with values in [-1, 1], S the tower's `image_size`.
+
+        Returns:
+            `[N, rows * columns, C]`, row by row.
+
+        Raises:
+            ValueError: another size of pictures.
+        """
         features = self._vision_features(pixel_values)
         images = self.visual_tokenizer.images(features.unsqueeze(1))
         if self.config.pack_images:
@@ -139,11 +156,14 @@ class LlavaStModel(LlavaStPreTrainedModel):
         return images.flatten(1, 3)
 
     def get_video_features(self, pixel_values_videos: Tensor, video_frames: Tensor) -> list[Tensor]:
-        """Visual tokens `[places, C]` of each video: the fast stream frame by frame, then the slow one.
+        """The visual tokens of videos.
 
         Args:
             pixel_values_videos: the frames of all videos, one after the other, `[frames, 3, S, S]` in [-1, 1].
             video_frames: int64 `[videos]`, how many frames each has.
+
+        Returns:
+            `[places, C]` of each video, the fast stream frame by frame, then the slow one.
 
         Raises:
             ValueError: another size of pictures, or another number of frames than video_frames says.
@@ -165,9 +185,18 @@ class LlavaStModel(LlavaStPreTrainedModel):
         pixel_values_videos: Tensor | None = None,
         video_frames: Tensor | None = None,
     ) -> Tensor | None:
-        """Visual tokens `[places, C]` of all images, then of all videos; None where there are neither.
+        """The visual tokens of a batch.
 
-        For arguments and errors see `get_image_features` and `get_video_features`.
+        Args:
+            pixel_values: `[images, 3, S, S]`, see `get_image_features`.
+            pixel_values_videos: `[frames, 3, S, S]`, see `get_video_features`.
+            video_frames: int64 `[videos]`, see `get_video_features`.
+
+        Returns:
+            `[places, C]`, of all images, then of all videos; None where there are neither.
+
+        Raises:
+            ValueError: another size of pictures; videos without `video_frames`, or with another number of frames.
         """
         tokens = []
         if pixel_values is not None and len(pixel_values):
@@ -179,11 +208,14 @@ class LlavaStModel(LlavaStPreTrainedModel):
         return torch.cat(tokens) if tokens else None
 
     def visual_index(self, input_ids: Tensor, shared: bool = False) -> Tensor:
-        """Which row of `encode`'s result goes where, `[B, L]`; -1 where none does.
+        """Which row of `encode`'s result goes where.
 
         Args:
             input_ids: `[B, L]`.
             shared: every sample shows the same images and videos, which were encoded once.
+
+        Returns:
+            int64 `[B, L]`; -1 where none does.
         """
 
         def places(names: tuple[str, ...]) -> Tensor:
@@ -211,13 +243,16 @@ class LlavaStModel(LlavaStPreTrainedModel):
         visual_tokens: Tensor | None = None,
         visual_index: Tensor | None = None,
     ) -> Tensor:
-        """Input embeddings `[B, L, C]`, in one pass.
+        """The input embeddings of a batch, in one pass.
 
         Args:
             input_ids: `[B, L]`; ids from V on are anchors.
             positions: float64 `[B, L]`, fractions at template tokens, NaN elsewhere.
-            visual_tokens: what `encode` gives.
-            visual_index: what `visual_index` gives; computed from the ids where it is None.
+            visual_tokens: what `encode` gives, `[places, C]`.
+            visual_index: what `visual_index` gives, `[B, L]`; computed from the ids where it is None.
+
+        Returns:
+            `[B, L, C]`, in the dtype of the embedding.
 
         Raises:
             ValueError: on the CPU, ids out of range, a template token without a position, or another number of places
@@ -262,7 +297,28 @@ class LlavaStModel(LlavaStPreTrainedModel):
         visual_index: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The language model's outputs; for arguments see `LlavaStForConditionalGeneration.forward`."""
+        """The language model without its head.
+
+        Args:
+            input_ids: `[B, L]`; or `inputs_embeds` in their place.
+            attention_mask: `[B, L]`, as in any model of transformers.
+            position_ids: `[B, L]`, likewise.
+            cache: likewise.
+            inputs_embeds: `[B, L, C]`.
+            positions: float64 `[B, L]`, as in `embed`.
+            pixel_values: `[images, 3, S, S]`, as in `encode`.
+            pixel_values_videos: `[frames, 3, S, S]`, as in `encode`.
+            video_frames: int64 `[videos]`, as in `encode`.
+            visual_tokens: `[places, C]`, what `encode` gave, in place of pictures.
+            visual_index: `[B, L]`, as in `embed`.
+            kwargs: further arguments of the language model.
+
+        Returns:
+            The language model's outputs; `last_hidden_state` is `[B, L, C]`.
+
+        Raises:
+            ValueError: neither or both of `input_ids` and `inputs_embeds`; else as `embed` and `encode`.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -296,7 +352,14 @@ def _check_places(visual_index: Tensor, visual_tokens: int) -> None:
 
 
 class LlavaStForConditionalGeneration(LlavaStPreTrainedModel, GenerationMixin):
-    """LLaVA-ST with its head: logits over words and anchors, the loss, and `generate`."""
+    """LLaVA-ST with its head: logits over words and anchors, the loss, and `generate`.
+
+    Args:
+        config: what the model is made of; its weights are random.
+
+    Raises:
+        ValueError: a language model that changes its logits, or has no plain embedding.
+    """
 
     def __init__(self, config: LlavaStConfig) -> None:
         super().__init__(config)
@@ -339,11 +402,27 @@ class LlavaStForConditionalGeneration(LlavaStPreTrainedModel, GenerationMixin):
             self._require_grads = None
 
     def encode(self, *arguments: Any, **options: Any) -> Tensor | None:
-        """`LlavaStModel.encode`."""
+        """As `LlavaStModel.encode`.
+
+        Args:
+            arguments: its arguments.
+            options: likewise.
+
+        Returns:
+            `[places, C]`; None where there are no pictures.
+        """
         return self.model.encode(*arguments, **options)
 
     def visual_index(self, input_ids: Tensor, shared: bool = False) -> Tensor:
-        """`LlavaStModel.visual_index`."""
+        """As `LlavaStModel.visual_index`.
+
+        Args:
+            input_ids: `[B, L]`.
+            shared: every sample shows the same images and videos, which were encoded once.
+
+        Returns:
+            int64 `[B, L]`; -1 where no visual token goes.
+        """
         return self.model.visual_index(input_ids, shared)
 
     def forward(
@@ -365,18 +444,21 @@ class LlavaStForConditionalGeneration(LlavaStPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor | None = None,
         **kwargs: Any,
     ) -> LlavaStOutput:
-        """
+        """Logits of a batch, or its loss.
+
         Args:
             input_ids: `[B, L]`, with a block of placeholders for each image and video; ids from V on are anchors.
-            attention_mask, position_ids, cache, inputs_embeds: as in any model of transformers. Several samples packed
-                in one row have position_ids that start again, and no mask.
+            attention_mask: `[B, L]`, as in any model of transformers. Several samples packed in one row have none.
+            position_ids: `[B, L]`; those of packed samples start again.
+            cache: keys and values of what came before.
+            inputs_embeds: `[B, L, C]`, in place of input_ids.
             labels: `[B, L]`, not shifted, -100 where there is none.
             positions: float64 `[B, L]`, fractions at template tokens, of labels as well as inputs; NaN elsewhere.
             pixel_values: the images of all samples in reading order, `[images, 3, S, S]`.
             pixel_values_videos: the frames of all videos in reading order, `[frames, 3, S, S]`.
             video_frames: int64 `[videos]`, the number of frames of each.
-            visual_tokens: what `encode` gave, in place of pictures.
-            visual_index: see `visual_index`.
+            visual_tokens: `[places, C]`, what `encode` gave, in place of pictures.
+            visual_index: `[B, L]`, see `visual_index`.
             sample: int64 `[B, L]`, which sample each token of packed rows belongs to. Packed rows need it: position_ids
                 follow from it where there are none, no cache is made, no sample's first token is a target, and the loss
                 of `compat="released"` averages over each sample first.
@@ -384,6 +466,7 @@ class LlavaStForConditionalGeneration(LlavaStPreTrainedModel, GenerationMixin):
                 (`compat="paper"`); by default the number of targets.
             logits_to_keep: as in transformers: the last so many, or those at these indices; 0: all. By default all, or,
                 where there are labels, none: the loss does not need them.
+            kwargs: further arguments of the language model; `return_dict`.
 
         Returns:
             `LlavaStOutput`; with `return_dict=False` a tuple of what it has.
@@ -421,14 +504,30 @@ class LlavaStForConditionalGeneration(LlavaStPreTrainedModel, GenerationMixin):
         return output if return_dict is not False else output.to_tuple()
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Last hidden states `[..., C]` -> `[..., V + anchors]`. No matrix of head and tables together is made."""
+        """Logits over words, then anchors of time, height and width. No matrix of head and tables together is made.
+
+        Args:
+            hidden: last hidden states, `[..., C]`.
+
+        Returns:
+            `[..., V + anchors]`.
+        """
         words = self.lm_head(hidden)
         if self.model.lape is None:
             return words
         return torch.cat([words, *(hidden @ table.to(hidden).T for table in self.model.lape.output_tables())], -1)
 
     def token_losses(self, hidden: Tensor, labels: Tensor, positions: Tensor | None) -> Tensor:
-        """What each token loses that predicts the next, 0 where that is no target: `[B, L]`, in float32 or better."""
+        """What each token loses that predicts the next.
+
+        Args:
+            hidden: last hidden states, `[B, L, C]`.
+            labels: `[B, L]`, not shifted, -100 where there is none.
+            positions: float64 `[B, L]`, fractions at template tokens of labels, NaN elsewhere.
+
+        Returns:
+            `[B, L]`, in float32 or better; 0 where the next is no target.
+        """
         if self.model.lape is not None:
             head = _plain_weight(self.lm_head, "the head")
             return self.model.lape.loss(hidden, labels, positions, head, reduction="none")

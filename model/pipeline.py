@@ -93,6 +93,9 @@ class LlavaStPipeline:
             device_map: as in transformers; `"auto"` spreads the model over all GPUs.
             quantize: bits of the language model's weights, 4 or 8, by bitsandbytes; None: as they are.
             options: further ones of the model's `from_pretrained`.
+
+        Returns:
+            A pipeline, its model in evaluation mode.
         """
         if quantize is not None:
             options["quantization_config"] = quantization(quantize)
@@ -115,6 +118,9 @@ class LlavaStPipeline:
             clip: see `load_video`.
             fps: see `load_video`.
 
+        Returns:
+            Its visual tokens, and what seconds and pixels of it are.
+
         Raises:
             FileNotFoundError, ValueError: as `load_video`.
         """
@@ -129,12 +135,34 @@ class LlavaStPipeline:
 
     @torch.no_grad()
     def encode_image(self, source: Any) -> EncodedVideo:
-        """An image that is asked about more than once; source: what `load_image` takes, or what it gave."""
+        """An image that is asked about more than once.
+
+        Args:
+            source: what `load_image` takes, or what it gave.
+
+        Returns:
+            Its visual tokens, and what pixels of it are.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load_image`.
+        """
         pixels, media = source if _is_loaded(source) else load_image(source, self.config.vision_config.image_size)
         return EncodedVideo(self.model.encode(pixel_values=pixels), media)
 
     def ask(self, question: Question, task: str | Task | None = None, **options: Any) -> Answer:
-        """The answer to one question; see `ask_batch`."""
+        """The answer to one question.
+
+        Args:
+            question: as each of `ask_batch`.
+            task: as in `ask_batch`.
+            options: likewise.
+
+        Returns:
+            The answer, its items in seconds and pixels (see `ask_batch`); the first of several.
+
+        Raises:
+            FileNotFoundError, ValueError: as `ask_batch`.
+        """
         return self.ask_batch([question], task, **options)[0]
 
     @torch.no_grad()
@@ -191,7 +219,20 @@ class LlavaStPipeline:
         """The answer's text in pieces, while it is generated; the pieces together are `Answer.text`.
 
         Whoever stops iterating ends the generation. `answer = yield from pipeline.stream(...)` has the whole answer.
-        See `ask_batch` for arguments; beams do not stream.
+
+        Args:
+            question: as each of `ask_batch`.
+            task: as in `ask_batch`.
+            decoder: likewise.
+            constrain: likewise.
+            max_new_tokens: likewise.
+            options: likewise, but no beams.
+
+        Yields:
+            Text, coordinates written out, each as soon as it is known.
+
+        Raises:
+            FileNotFoundError, ValueError: as `ask_batch`; several answers, or beams, which do not stream.
         """
         if options.get("num_return_sequences", 1) > 1 or options.get("num_beams", 1) > 1:
             raise ValueError("stream: one answer is streamed, without beams; ask gives several (num_return_sequences)")

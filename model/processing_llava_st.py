@@ -38,6 +38,11 @@ class LlavaStProcessor(ProcessorMixin):
         image_size: height and width of the pictures that the vision tower takes.
         patch_grid: its patches, rows and columns.
         num_frames: frames of a video unless told otherwise.
+        num_bins: anchors of time, height and width.
+        spatial_factor: as in `LlavaStConfig`.
+        temporal_factor: likewise.
+        fast_factor: likewise.
+        pack_images: likewise.
         compat: `"released"`: labels include headers and new lines, as in the published training.
 
     Raises:
@@ -89,7 +94,12 @@ class LlavaStProcessor(ProcessorMixin):
         """The processor of a model.
 
         Args:
+            config: the model's.
+            tokenizer: with all tokens of LLaVA-ST; a fast one.
             chat_template: by default the tokenizer's, but ChatML for released weights and where it has none.
+
+        Returns:
+            A processor with the settings of the configuration.
 
         Raises:
             ValueError: the tokenizer gives LLaVA-ST's tokens other ids than the configuration.
@@ -108,7 +118,14 @@ class LlavaStProcessor(ProcessorMixin):
         return processor
 
     def check_model(self, config: LlavaStConfig) -> None:
-        """That this is the processor of a model with this config; ValueError otherwise."""
+        """That this is the processor of a model with this config.
+
+        Args:
+            config: the model's.
+
+        Raises:
+            ValueError: a setting or an id of a token differs; the message says which.
+        """
         if self.first_anchor != config.vocab_size:
             raise ValueError(
                 f"tokenizer: expected the first anchor to have the config's vocab_size as id, {config.vocab_size}, got "
@@ -232,6 +249,9 @@ class LlavaStProcessor(ProcessorMixin):
         Args:
             ids: `[N]`. Anchor k of n is at k / (n - 1).
             positions: `[N]`, where they are numbers they count, and not the anchors.
+
+        Returns:
+            Text with template tokens, and their positions as fractions.
 
         Takes whatever a model says; ids that nothing is known of are left out.
         """

@@ -26,6 +26,7 @@ class Foldable(nn.Module):
 
     @property
     def execution(self) -> str:
+        """`"direct"` or `"folded"`; may be set at any time."""
         return self._execution
 
     @execution.setter
@@ -35,7 +36,11 @@ class Foldable(nn.Module):
         self._execution = execution
 
     def why_not_folded(self) -> str | None:
-        """Why the folded execution cannot be had; None where it can."""
+        """Why the folded execution cannot be had.
+
+        Returns:
+            A reason in words; None where it can be had.
+        """
         raise NotImplementedError
 
     def refresh(self) -> None:

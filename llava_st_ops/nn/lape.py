@@ -42,7 +42,12 @@ class CoordinateTokens:
     Args:
         vocab_size: V, the rows of the embedding and the head without coordinates. Anchor k of the temporal, height and
             width axis has the id `V + k`, `V + n + k` and `V + n + m + k`.
-        temporal_input: the id of `<TEMP-INPUT>`; and so on for the others.
+        temporal_input: the id of the template token `<TEMP-INPUT>`, which stands for a time in what the model reads.
+        temporal_output: of `<TEMP-OUTPUT>`, for a time in what it says.
+        height_input: of `<HEIGHT-INPUT>`.
+        height_output: of `<HEIGHT-OUTPUT>`.
+        width_input: of `<WIDTH-INPUT>`.
+        width_output: of `<WIDTH-OUTPUT>`.
         visual: ids whose places visual tokens take, in order.
     """
 
@@ -56,7 +61,15 @@ class CoordinateTokens:
     visual: tuple[int, ...] = ()
 
     def axis_of(self, ids: Tensor, kinds: Sequence[str]) -> Tensor:
-        """int8 like ids: the axis of template tokens of these kinds (`"width_input"`, ...), -1 elsewhere."""
+        """The axis of each token.
+
+        Args:
+            ids: of any shape.
+            kinds: which template tokens have an axis: `"width_input"`, ...
+
+        Returns:
+            int8 of the shape of ids; 0 temporal, 1 height, 2 width, -1 where a token is of none of these kinds.
+        """
         axis = torch.full_like(ids, -1, dtype=torch.int8)
         for kind in kinds:
             number = AXES.index(kind.partition("_")[0])
@@ -64,13 +77,16 @@ class CoordinateTokens:
         return axis
 
     def positions(self, ids: Tensor, variables: Sequence[Mapping[str, Sequence[float]]]) -> Tensor:
-        """The positions of template tokens, from LLaVA-ST's lists: float64 `[B, L]`, NaN at all other tokens.
+        """The positions of template tokens, from LLaVA-ST's lists.
 
         Args:
             ids: `[B, L]`.
             variables: one dict per sample, of lists `temporal_input_locations`, `spatial_height_output_locations` and
                 so on; the i-th template token of a kind in a sample takes entry i. A list that is not needed may be
-                missing, and may have more entries than needed.
+                missing, and may have more entries than needed. Entries are fractions of an axis.
+
+        Returns:
+            float64 `[B, L]`, NaN at all other tokens.
 
         Raises:
             ValueError: a list is too short; the message names the sample.
@@ -93,6 +109,10 @@ class CoordinateTokens:
 
     def check(self, ids: Tensor, positions: Tensor) -> None:
         """That every template token has a position: for data loaders, before the transfer to a GPU.
+
+        Args:
+            ids: `[B, L]`, or `[L]`.
+            positions: like ids, NaN where there is none.
 
         Raises:
             ValueError: one has none; the message names sample and position.
@@ -121,6 +141,9 @@ class LanguageAlignedPositionalEmbedding(nn.Module):
             as LLaVA-ST does.
 
     `load_state_dict` also accepts the names of LLaVA-ST's checkpoints (`model.temporal_input_embeddings.weight`, ...).
+
+    Raises:
+        ValueError: `num_bins` is not one positive number or three; another word for `compat`.
 
     Source: LLaVA-ST (arXiv:2501.08282), section 3.2.
     """
@@ -159,7 +182,14 @@ class LanguageAlignedPositionalEmbedding(nn.Module):
             nn.init.uniform_(getattr(self, f"{axis}_output"), -bound, bound)
 
     def tables(self, side: str) -> list[Tensor]:
-        """The three tables of a side, `"input"` or `"output"`, as they are used: gradients reach neighbouring rows."""
+        """The three tables of a side, as they are used: gradients reach neighbouring rows.
+
+        Args:
+            side: `"input"` or `"output"`.
+
+        Returns:
+            `[n, C]`, `[m, C]` and `[m', C]`, of time, height and width.
+        """
         tables = [getattr(self, f"{axis}_{side}") for axis in AXES]
 
         def compute() -> list[Tensor]:
@@ -169,18 +199,34 @@ class LanguageAlignedPositionalEmbedding(nn.Module):
         return compute() if self.compat == "paper" else self._kept[side].get(tables, self.compat, compute)
 
     def output_tables(self) -> list[Tensor]:
-        """The three output tables as they are, without gradients to neighbours: what logits are made with."""
+        """The three output tables as they are, without gradients to neighbours: what logits are made with.
+
+        Returns:
+            `[n, C]`, `[m, C]` and `[m', C]`, of time, height and width.
+        """
         return [getattr(self, f"{axis}_output") for axis in AXES]
 
     def visual_tables(self) -> list[Tensor]:
-        """The three tables that `inject` adds: the means of the input and the output ones."""
+        """The three tables that `inject` adds: the means of the input and the output ones.
+
+        Returns:
+            `[n, C]`, `[m, C]` and `[m', C]`, in float32 or better; in the parameters' dtype for `"released"`.
+        """
         pairs = zip(self.tables("input"), self.tables("output"), strict=True)
         released = self.compat == "released"
         return [(a + b) / 2 if released else (_wide(a) + _wide(b)) / 2 for a, b in pairs]
 
     def inject(self, features: Tensor, grid_thw: Tensor | None = None) -> Tensor:
-        """Adds the mean of input and output tables, resized to the grid, to features `[B, T, H, W, C]`, or, with
-        `grid_thw` int `[videos, 3]`, to packed ones `[tokens, C]`. An image is a video of one frame."""
+        """Adds the mean of input and output tables, resized to the grid, to features.
+
+        Args:
+            features: `[B, T, H, W, C]`, or with `grid_thw` packed ones, `[tokens, C]`. An image is a video of one
+                frame.
+            grid_thw: int `[videos, 3]`, the size of each video in patches (see `lape_add_packed`).
+
+        Returns:
+            Like features. Errors are those of `lape_add` and `lape_add_packed`.
+        """
         means = self.visual_tables()
         options = {"text_aligned": self.text_aligned, "round_every_addition": self.compat == "released"}
         if grid_thw is None:
@@ -188,7 +234,15 @@ class LanguageAlignedPositionalEmbedding(nn.Module):
         return lape_add_packed(features, *means, grid_thw, **options)
 
     def forward(self, features: Tensor, grid_thw: Tensor | None = None) -> Tensor:
-        """`inject`."""
+        """As `inject`.
+
+        Args:
+            features: as in `inject`, of shape `[B, T, H, W, C]` or `[tokens, C]`.
+            grid_thw: as in `inject`, int `[videos, 3]`.
+
+        Returns:
+            Like features.
+        """
         return self.inject(features, grid_thw)
 
     def embed(
@@ -258,6 +312,13 @@ class LanguageAlignedPositionalEmbedding(nn.Module):
             normalizer: likewise.
             ignore_index: likewise.
             sample: likewise, `[B, L]`.
+
+        Returns:
+            A float32 scalar (float64 for float64); `[B, L]` for `"none"`, where the last of each sample is 0.
+
+        Raises:
+            ValueError: as `coordinate_cross_entropy`; also if the module was made without `tokens`.
+            TypeError: positions in 16 bits.
         """
         places = self._positions(positions, labels)
         axis = self._tokens().axis_of(labels, [f"{axis}_output" for axis in AXES])
@@ -287,6 +348,9 @@ class LanguageAlignedPositionalEmbedding(nn.Module):
 
         Returns:
             float32 `[...]` (float64 for float64 logits).
+
+        Raises:
+            ValueError: another axis or decoder, or logits of another number of classes.
         """
         if axis not in (0, 1, 2):
             raise ValueError(f"decode: axis must be 0, 1 or 2, got {axis!r}")
@@ -313,12 +377,27 @@ class LanguageAlignedPositionalEmbedding(nn.Module):
         return (weights * around).sum(-1) / scale
 
     def extend_head(self, head_weight: Tensor) -> Tensor:
-        """`[V, C] -> [V + n + m + m', C]`: a head that has the anchors as plain rows."""
+        """A head that has the anchors as plain rows.
+
+        Args:
+            head_weight: `[V, C]`.
+
+        Returns:
+            `[V + n + m + m', C]`, in the dtype of head_weight.
+        """
         return torch.cat([head_weight, *(table.to(head_weight) for table in self.output_tables())])
 
     def merge(self, embed_weight: Tensor, head_weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Embedding and head, both `[V, C]`, with the anchors as plain rows `[V + n + m + m', C]`: what a server of
-        ordinary checkpoints takes, so that generation concatenates nothing at every step."""
+        """Embedding and head with the anchors as plain rows: what a server of ordinary checkpoints takes, so that
+        generation concatenates nothing at every step.
+
+        Args:
+            embed_weight: `[V, C]`.
+            head_weight: `[V, C]`.
+
+        Returns:
+            Both as `[V + n + m + m', C]`, each in its dtype.
+        """
         embed = torch.cat([embed_weight, *(table.to(embed_weight) for table in self.tables("input"))])
         return embed, self.extend_head(head_weight)
 

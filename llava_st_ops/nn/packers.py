@@ -38,6 +38,11 @@ class PointToRegionPacker(Foldable):
     Shapes: `[B, T, H, W, C] -> [B, ceil(T / rt), ceil(H / rh), ceil(W / rw), C]`, for any T, H and W.
 
     `load_state_dict` also accepts the names of LLaVA-ST's checkpoints (`devide_attention.to_q.0.weight`, ...).
+
+    Raises:
+        ValueError: `embed_dim` is no multiple of `num_heads`; another word for `execution`.
+
+    Source: LLaVA-ST (arXiv:2501.08282), Spatial-Temporal Packer; the scheme is TokenPacker's (arXiv:2407.02392).
     """
 
     def __init__(
@@ -81,7 +86,14 @@ class PointToRegionPacker(Foldable):
         nn.init.zeros_(self.in_proj_bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """features `[B, T, H, W, C]` -> `[B, T', H', W', C]`."""
+        """Packs features.
+
+        Args:
+            features: `[B, T, H, W, C]`.
+
+        Returns:
+            `[B, T', H', W', C]`, one token per region; `T' = ceil(T / rt)` and so on.
+        """
         # Contiguous: torch makes many small products of a linear layer over strided rows.
         centers = region_centers(features, self.region).contiguous()
         if self._runs_folded():
@@ -97,12 +109,19 @@ class PointToRegionPacker(Foldable):
         return centers + self.output(self.out_proj(pooled))
 
     def folded(self) -> FoldedPacker:
-        """The matrices of the folded execution: computed once, and anew when a parameter has changed; in the graph
-        where gradients are wanted."""
+        """The matrices of the folded execution.
+
+        Returns:
+            Computed once, and anew when a parameter has changed; in the graph where gradients are wanted.
+        """
         return self._kept.get(list(self.parameters()), self.settings(), lambda: fold(self, None))
 
     def settings(self) -> tuple[Any, ...]:
-        """What the folded matrices depend on besides parameters."""
+        """What the folded matrices depend on besides parameters.
+
+        Returns:
+            The region, the number of heads, and the eps of the norms of queries and keys.
+        """
         return self.region, self.num_heads, self.query_norm.eps, self.key_norm.eps
 
     def why_not_folded(self) -> str | None:
@@ -151,6 +170,8 @@ class SpatialTemporalPacker(nn.Module):
 
     `load_state_dict` also accepts the names of LLaVA-ST's checkpoints
     (`token_packer.devide_attention.to_q.0.weight`, ...).
+
+    Source: LLaVA-ST (arXiv:2501.08282), Spatial-Temporal Packer.
     """
 
     def __init__(
@@ -175,6 +196,7 @@ class SpatialTemporalPacker(nn.Module):
 
     @property
     def execution(self) -> str:
+        """Of all three packers, `"direct"` or `"folded"`; may be set at any time."""
         return self.spatial.execution
 
     @execution.setter
@@ -188,7 +210,14 @@ class SpatialTemporalPacker(nn.Module):
             packer.refresh()
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """features `[B, T, H, W, C]` -> `(slow, fast)`, both on grids of their own, channels last."""
+        """Packs the features of videos.
+
+        Args:
+            features: `[B, T, H, W, C]`.
+
+        Returns:
+            `(slow, fast)`, both `[B, T', H', W', C]`, on grids of their own.
+        """
         packed = self.spatial(features)
         return self.slow(packed), self.fast(packed)
 

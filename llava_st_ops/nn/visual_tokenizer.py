@@ -40,6 +40,11 @@ class VisualTokenizer(Foldable):
     `load_state_dict`, `.to` and edits under `no_grad` are seen; after writes through `.data` call `refresh()`. Where
     gradients are wanted the matrices are part of the graph and every parameter gets its gradient. Compiled code
     computes them in every call: serve and export what `freeze()` gives.
+
+    Raises:
+        ValueError: another word for `execution`; a negative `chunk_tokens`.
+
+    Source: LLaVA-ST (arXiv:2501.08282), LAPE and Spatial-Temporal Packer; the folding is derived in docs/folding.md.
     """
 
     def __init__(
@@ -62,20 +67,44 @@ class VisualTokenizer(Foldable):
         self.chunk_tokens = chunk_tokens
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Videos: features `[B, T, H, W, Cv]` -> `(slow, fast)`, both `[B, T', H', W', C]` (see
-        `SpatialTemporalPacker`)."""
+        """The tokens of videos.
+
+        Args:
+            features: `[B, T, H, W, Cv]`, of the vision tower.
+
+        Returns:
+            `(slow, fast)`, both `[B, T', H', W', C]`, on the grids of `SpatialTemporalPacker`.
+
+        Raises:
+            ValueError: features of another rank.
+        """
         _check(features)
         if 0 not in features.shape[1:4] and self._runs_folded():
             return run_path(self._path(), features, self.chunk_tokens, self.recompute)
         return self.packer(self.images(features))
 
     def images(self, features: Tensor) -> Tensor:
-        """Images, which keep all their tokens: features `[B, 1, H, W, Cv]` -> `[B, 1, H, W, C]`."""
+        """The tokens of images, which are not packed.
+
+        Args:
+            features: `[B, 1, H, W, Cv]`, of the vision tower.
+
+        Returns:
+            `[B, 1, H, W, C]`.
+
+        Raises:
+            ValueError: features of another rank.
+        """
         _check(features)
         projected = self.projector(features)
         return projected if self.lape is None else self.lape.inject(projected)
 
     def why_not_folded(self) -> str | None:
+        """Why the folded execution cannot be had.
+
+        Returns:
+            A reason in words, which names the layer; None where it can be had.
+        """
         reason = why_no_mlp(self.projector)
         if reason is not None:
             return f"projector: {reason}"
@@ -97,8 +126,10 @@ class VisualTokenizer(Foldable):
         self.packer.refresh()
 
     def freeze(self) -> FrozenVisualTokenizer:
-        """The folded execution as a module of its own, for serving, compiling and export. Its buffers are the folded
-        matrices as they are now.
+        """The folded execution as a module of its own, for serving, compiling and export.
+
+        Returns:
+            A module whose buffers are the folded matrices as they are now.
 
         Raises:
             ValueError: the folded execution cannot be had.
@@ -137,7 +168,12 @@ class VisualTokenizer(Foldable):
 
 
 class FrozenVisualTokenizer(nn.Module):
-    """What `VisualTokenizer.freeze` gives: videos `[B, T, H, W, Cv]` -> `(slow, fast)`, for inference."""
+    """What `VisualTokenizer.freeze` gives, for inference.
+
+    Args:
+        path: the folded matrices, which become buffers.
+        chunk_tokens: as in `VisualTokenizer`.
+    """
 
     def __init__(self, path: FoldedPath, chunk_tokens: int) -> None:
         super().__init__()
@@ -150,7 +186,17 @@ class FrozenVisualTokenizer(nn.Module):
         self._path = _map(path, Tensor, keep)  # the path with names in place of tensors
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Videos: features `[B, T, H, W, Cv]` -> `(slow, fast)`."""
+        """The tokens of videos.
+
+        Args:
+            features: `[B, T, H, W, Cv]`, of the vision tower.
+
+        Returns:
+            `(slow, fast)`, both `[B, T', H', W', C]`, as `VisualTokenizer` gives them.
+
+        Raises:
+            ValueError: features of another rank.
+        """
         _check(features)
         path = _map(self._path, str, lambda _, name: getattr(self, name))
         return run_path(path, features, self.chunk_tokens, recompute=False)

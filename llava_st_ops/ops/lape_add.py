@@ -77,7 +77,24 @@ def lape_add_(
     text_aligned: bool = False,
     round_every_addition: bool = False,
 ) -> Tensor:
-    """`lape_add` in place, for inference: returns features, changed. Raises where a gradient is wanted."""
+    """`lape_add` in place, for inference.
+
+    Args:
+        features: as in `lape_add`, of shape `[B, T, H, W, C]`; they are changed.
+        temporal: `[n, C]`.
+        height: `[m, C]`.
+        width: `[m', C]`.
+        text_aligned: as in `lape_add`.
+        round_every_addition: as in `lape_add`.
+
+    Returns:
+        features themselves, `[B, T, H, W, C]`.
+
+    Raises:
+        RuntimeError: a gradient is wanted; `lape_add` has one.
+
+    Everything else is as in `lape_add`.
+    """
     _check_dense(_IN_PLACE, (features, temporal, height, width))
     tables = computing_tables((temporal, height, width), features)
     run(_IN_PLACE, (features, *tables, text_aligned, round_every_addition), _add_in_place)

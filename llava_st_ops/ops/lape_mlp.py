@@ -53,6 +53,9 @@ def lape_mlp(
         ValueError: shapes or devices that do not fit.
         TypeError: dtypes that do not fit.
         torch.OutOfMemoryError: no memory for the results.
+
+    Source: the key and value MLPs of TokenPacker (arXiv:2407.02392) and LLaVA-ST (arXiv:2501.08282), with the second
+    layer of the projector before them and the positions of the latter folded in (docs/folding.md).
     """
     features, weight, *second = autocast(features, weight, *second_weights, *second_biases)
     count = len(second_weights)
