@@ -21,6 +21,7 @@ from accelerate import PartialState
 from llava_st.evaluation.datasets import read_dataset
 from llava_st.evaluation.scoring import score
 from llava_st.pipeline import LlavaStPipeline
+from llava_st.reproduction import CHECKPOINT
 from llava_st.reproduction.arms import ARMS, Arm
 from llava_st.reproduction.proving import predict, prove
 from llava_st.reproduction.recipe import STAGES, Budget, train
@@ -35,6 +36,7 @@ FOLDER = ROOT / "build" / "reproduction"
 CLIPS, ABLATION_CLIPS = 2_000, 500
 # Of the clips that a record's scores are of; those of training have the run's own seed, and another split.
 PROOF_SEED, PROOF_CLIPS = 1_000, 200
+UNTRAINED_CLIPS = 20  # that the starting values are asked about: they hardly ever make a sentence
 _VALIDATION_CLIPS = 64
 # What is asked during training, and which scores of it are kept.
 _ASKED = {"names": ("rec",), "places": ("tvg", "rec"), "tubes": ("stvg",)}
@@ -97,9 +99,13 @@ def save_checkpoint(pipeline: LlavaStPipeline, folder: Path) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    found = run(options.out / f"seed{options.seed}-{options.clips}", options.clips, options.seed, ARMS["baseline"])
+    out = options.out / f"seed{options.seed}-{options.clips}"
+    found = run(out, options.clips, options.seed, ARMS["baseline"])
     if found is not None:
         pipeline, record = found
+        untrained = LlavaStPipeline.from_pretrained(out / "start", dtype="float32")
+        record["untrained"] = {"clips": UNTRAINED_CLIPS}
+        record["untrained"] |= prove(untrained, out / "untrained", PROOF_SEED, UNTRAINED_CLIPS)["a"]
         save_checkpoint(pipeline, options.checkpoint)
         report.write(f"seed{options.seed}", record)
         report.draw_answers(LlavaStPipeline.from_pretrained(options.checkpoint, dtype="float32"))
@@ -124,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     training = commands.add_parser("train")
     training.add_argument("--seed", type=int, default=0)
     training.add_argument("--clips", type=int, default=CLIPS, help="see Budget.of; default: %(default)s")
-    training.add_argument("--checkpoint", type=Path, default=FOLDER / "checkpoint", help="default: %(default)s")
+    training.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="default: %(default)s")
     ablation = commands.add_parser("ablate")
     ablation.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     ablation.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))

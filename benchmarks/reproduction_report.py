@@ -67,6 +67,7 @@ def page(text: str, found: Sequence[Record], arms: dict[str, dict[int, Record]])
 
 def _run(record: Record) -> str:
     environment, proof, clips = record["environment"], record["proof"], record["clips"]
+    untrained = record["untrained"]
     means = {
         "constant": "the best answer that is the same for all clips",
         "a": "the model",
@@ -87,6 +88,9 @@ def _run(record: Record) -> str:
             f"| {meaning} | " + " | ".join(f"{proof[name][score]:.3f}" for score in SCORES) + " |"
             for name, meaning in means.items()
         ),
+        "",
+        f"With its starting values the model has {untrained['m_tiou']:.3f}, {untrained['m_siou']:.3f} and "
+        f"{untrained['m_viou']:.3f}, of {record['untrained']['clips']} of these clips.",
         "",
         f"Asked about another object of the same clip, its tube has a mean IoU of {proof['c']['new']:.3f} with that "
         f"object's, and of {proof['c']['old']:.3f} with the first one's.",

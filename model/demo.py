@@ -23,6 +23,9 @@ from .drawing.pictures import Shot, annotate_image, annotate_video, write_video
 from .drawing.timeline import plot_timeline
 from .image import Picture, read_image
 from .media import Media
+from .reproduction import CHECKPOINT
+from .synthesis import make_scene, synthesize
+from .synthesis.questions import STVG_QUESTION, video_file
 from .tasks import TASKS, Task
 from .video import Video
 
@@ -94,6 +97,14 @@ def sample_clip(folder: Path) -> Path:
     return clip
 
 
+def shapes_clip(folder: Path, seed: int) -> tuple[Path, str]:
+    """A new clip of moving shapes, and a question about one of them, as the small model of docs/reproduction.md knows
+    them."""
+    synthesize(folder, 1, seed, split="held-out")
+    scene = make_scene(seed, "held-out", 0)
+    return folder / video_file(scene), STVG_QUESTION.format(scene.objects[scene.asked].name)
+
+
 def _disc(k: int) -> Shot:
     picture = Image.new("RGB", (320, 180), "#203040")
     ImageDraw.Draw(picture).ellipse((6 * k, 60, 6 * k + 60, 120), fill="#f0e442")
@@ -119,6 +130,9 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--video", metavar="FILE", help="a video, or a folder of its frames")
     what.add_argument("--image", metavar="FILE")
+    what.add_argument(
+        "--shapes", type=int, metavar="SEED", help="a new clip of moving shapes, for a model trained on such"
+    )
     parser.add_argument("--prompt", help="what is asked; coordinates as `{0.2,0.4}` (time), `[0.1,0.2,0.5,0.9]` (box)")
     parser.add_argument("--task", choices=sorted(TASKS), help="puts the prompt into the task's words")
     parser.add_argument("--model", metavar="DIR", help="a folder of llava_st.convert or save_pretrained")
@@ -134,15 +148,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    shapes = options.shapes is not None
+    if shapes and not options.tiny_random:
+        options.model = options.model or str(CHECKPOINT)
     if options.tiny_random == (options.model is not None):
         parser.error("one of --model DIR and --tiny-random is needed")
-    if not options.tiny_random and not (options.video or options.image):
-        parser.error("one of --video FILE and --image FILE is needed")
+    if not options.tiny_random and not (options.video or options.image or shapes):
+        parser.error("one of --video FILE, --image FILE and --shapes SEED is needed")
     if options.tiny_random:
         options.task = options.task or ("rec" if options.image else "stvg")
         options.prompt = options.prompt or "Where is the bicycle, and when?"
         options.max_new_tokens = min(options.max_new_tokens, 200)
-    elif options.prompt is None and options.task is None:
+    elif options.prompt is None and options.task is None and not shapes:
         parser.error("--prompt TEXT is needed unless a --task has words of its own")
     try:
         _run(options)
@@ -151,6 +168,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    if options.shapes is not None:
+        options.video, question = shapes_clip(options.out, options.shapes)
+        if options.prompt is None:
+            options.task, options.prompt = options.task or "stvg", question
     task = TASKS[options.task] if options.task else None
     kind = "image" if options.image else "video"
     if task is not None and task.media != kind:

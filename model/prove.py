@@ -1,4 +1,4 @@
-"""`python -m llava_st.prove --seed N --model DIR`: is a model of moving shapes better than one that does not look?
+"""`python -m llava_st.prove --seed N`: is a model of moving shapes better than one that does not look?
 
 Renders new clips of pairs of shape and colour that training never had, asks when and where an object moves, and prints
 what the answers score: (a) as they are, (b) with another clip's frames, (c) asking about another object. The last line
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .pipeline import LlavaStPipeline
+from .reproduction import CHECKPOINT
 from .reproduction.proving import prove
 
 
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, required=True, help="of the clips: any that you like")
     parser.add_argument("--clips", type=int, default=200, help="default: %(default)s")
-    parser.add_argument("--model", type=Path, required=True, help="a folder, as `benchmarks.reproduction` makes it")
+    parser.add_argument("--model", type=Path, default=CHECKPOINT, help="a folder; default: the one that comes along")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the clips stay; by default nowhere")
     options = parser.parse_args(arguments)
     try:

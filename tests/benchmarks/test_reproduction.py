@@ -26,6 +26,7 @@ def results(tmp_path, monkeypatch):
     ):
         monkeypatch.setattr(reproduction_report, name, value)
     monkeypatch.setattr(reproduction, "PROOF_CLIPS", 2)
+    monkeypatch.setattr(reproduction, "UNTRAINED_CLIPS", 2)
     monkeypatch.setattr(reproduction, "_VALIDATION_CLIPS", 2)
     monkeypatch.setattr(reproduction, "PROOF_SEED", 7)
     return tmp_path
@@ -36,8 +37,9 @@ def test_a_training_leaves_a_record_a_checkpoint_and_a_page(results):
     arguments = ["--out", str(results / "run"), "train", "--seed", "2", "--clips", "6", "--checkpoint", str(checkpoint)]
     assert reproduction.main(arguments) == 0
     record = json.loads((results / "results" / "reproduction-seed2.json").read_text())
-    assert record["clips"] == {"names": 6, "places": 3, "tubes": 3}
+    assert record["clips"] == {"names": 6, "places": 6, "tubes": 6}
     assert record["proof"].keys() == {"seed", "clips", "constant", "a", "b", "c"}
+    assert record["untrained"] == {"clips": 2, "m_tiou": 0, "m_siou": 0, "m_viou": 0}
     assert all(any("loss" in entry for entry in curve) for curve in record["curves"].values())
     assert any("eval/stvg m_tIoU" in entry for entry in record["curves"]["tubes"])
     assert (results / "curves.png").stat().st_size > 1000

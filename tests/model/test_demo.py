@@ -77,6 +77,14 @@ def test_a_clip_of_its_own(tmp_path, monkeypatch):
     assert (frames[0][1] != frames[-1][1]).any()
 
 
+def test_moving_shapes_and_the_model_that_knows_them(tmp_path, capsys):
+    demo.main(["--shapes", "4", "--out", str(tmp_path)])
+    assert "problem" not in capsys.readouterr().out
+    data = page_data(tmp_path)
+    assert "move?" in (tmp_path / "page.html").read_text()
+    assert any(mark["boxes"] for mark in data["marks"])
+
+
 def test_what_is_shown_of_an_answer_without_a_model(tmp_path):
     picture = np.full((30, 50, 3), 99, np.uint8)
     _, media = load_image(picture, 16)

@@ -15,7 +15,7 @@ from llava_st.evaluation.predictions import Prediction
 from llava_st.media import Media
 from llava_st.modeling_llava_st import LlavaStForConditionalGeneration
 from llava_st.pipeline import LlavaStPipeline
-from llava_st.reproduction import proving, recipe
+from llava_st.reproduction import CHECKPOINT, proving, recipe
 from llava_st.reproduction.arms import ARMS
 from llava_st.reproduction.directions import Directions
 from llava_st.reproduction.start import initialise, shapes_processor, start_language_model, tower_data, what_is_seen
@@ -285,6 +285,15 @@ def test_a_model_is_proved_by_a_command(trained, tmp_path, capsys):
     assert found["c"].keys() == {"new", "old"}
     assert lines[-2].startswith("c:")
     assert len(list((tmp_path / "videos").iterdir())) == 2
+
+
+def test_the_checkpoint_that_comes_along_looks_and_listens(tmp_path, capsys):
+    assert command.main(["--seed", "2026", "--clips", "12", "--out", str(tmp_path)]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for score in ("m_tiou", "m_siou", "m_viou"):
+        assert found["a"][score] > found["b"][score]
+    assert found["c"]["new"] > found["c"]["old"]
+    assert sum(file.stat().st_size for file in CHECKPOINT.iterdir()) < 8e6
 
 
 def test_a_folder_that_is_no_model_is_an_error_of_one_line(tmp_path, capsys):
