@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import mmap
 import re
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,16 +55,41 @@ def load(name: str, *, torch_text: str = torch.__version__, folder: Path = LIBRA
         return NativeLibrary(path, False, f"{path.name} needs torch >= {needed}, this is torch {torch_text}")
     if name == "cuda" and torch.version.cuda is None:
         return NativeLibrary(path, False, "this torch was built without CUDA")
+    if damage := _damage(path, read_schemas() if name == "cpu" else []):
+        return NativeLibrary(path, False, f"{path.name} {damage}")
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return NativeLibrary(path, False, f"{path.name} did not load: {error}")
+        reason = " ".join(str(error.__cause__ or error).split())  # torch's own message leaves the loader's out
+        return NativeLibrary(path, False, f"{path.name} did not load: {reason}")
     return NativeLibrary(path, True, f"{path.name} is loaded")
 
 
+def _damage(path: Path, schemas: list[str]) -> str:
+    """Why a file is not to be given to the loader, which ends the process on one that was cut off (SIGBUS), and cannot
+    take back the ops of another version; empty where nothing is wrong. The CPU library declares `schemas`."""
+    with open(path, "rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+        # ELF of 64 bits: the table of segments, and of each segment where it is in the file and how long.
+        if content[:5] != b"\x7fELF\x02" or len(content) < 64:
+            return "did not load: it is no library"
+        (table,), (width, count) = struct.unpack_from("<Q", content, 32), struct.unpack_from("<HH", content, 54)
+        ends = [table + width * count]
+        if ends[0] <= len(content):
+            segments = (table + width * number for number in range(count))
+            ends += [sum(struct.unpack_from("<Q16xQ", content, segment + 8)) for segment in segments]
+        if max(ends) > len(content):
+            return f"did not load: it was cut off, {len(content)} bytes of {max(ends)} or more are there"
+        if lacking := [schema for schema in schemas if content.find(schema.encode() + b"\0") < 0]:
+            op = lacking[0].partition("(")[0]
+            return f"was built for another version of the package, whose {op} differs: build it anew"
+    return ""
+
+
 def read_schemas() -> list[str]:
-    """The op schemas, from the file that the native library is compiled with."""
-    candidates = (LIBRARY_FOLDER / "schemas.txt", Path(__file__).parents[1] / "csrc" / "schemas.txt")
+    """The op schemas, from the file that the native library is compiled with: in a checkout the source itself, since
+    the copy beside a library is as old as the library."""
+    candidates = (Path(__file__).parents[1] / "csrc" / "schemas.txt", LIBRARY_FOLDER / "schemas.txt")
     path = next(path for path in candidates if path.exists())
     return ast.literal_eval(f"[{path.read_text()}]")
 

@@ -25,6 +25,12 @@ _INDEXED = {"mov", "mp4", "matroska", "webm"}
 # Containers whose header says how long the file is meant to be.
 _DURATION_DECLARED = _INDEXED | {"avi"}
 _MISSING_SECONDS = 0.5
+# What is opened at all: files that hold their pictures. A few lines of text can ask FFmpeg for other files (`concat`,
+# `hls`, `dash`), and a name for all that match it (`image2`).
+_FORMATS = (
+    "mov,mp4,matroska,webm,avi,flv,asf,mpegts,mpeg,mpegvideo,h264,hevc,vvc,obu,av1,ivf,ogg,gif,mxf,nut,dv,m4v,mjpeg,"
+    "yuv4mpegpipe,wav"
+)
 
 
 class UnexpectedFrameError(ValueError):
@@ -63,8 +69,8 @@ def open_video(name: str) -> Iterator[tuple[av.container.InputContainer, av.Vide
     if exists(name) and not isfile(name):
         raise ValueError(f"{name}: is not a file")  # a pipe would be waited for
     try:
-        # A playlist must not make us read from a network.
-        with av.open(name, options={"protocol_whitelist": "file"}, metadata_errors="replace") as container:
+        options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
+        with av.open(name, options=options, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise ValueError(f"{name}: has no video stream (sound only, or a file that was cut off)")
             stream = container.streams.video[0]
@@ -73,6 +79,7 @@ def open_video(name: str) -> Iterator[tuple[av.container.InputContainer, av.Vide
             if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
                 size = f"{stream.codec_context.width} x {stream.codec_context.height}"
                 raise ValueError(f"{name}: has frames of {size} pixels, at most {MAX_PIXELS} in all are accepted")
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # frames may grow later on
             stream.thread_type = "AUTO"
             yield container, stream
     except FileNotFoundError:

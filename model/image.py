@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from os import PathLike, fspath
 
@@ -15,6 +16,8 @@ from .media import Media
 IMAGE_SIZE = 384
 # Of one picture or frame: 16,384 x 8,192. A few bytes of a file can claim more than a machine has memory for.
 MAX_PIXELS = 2**27
+# Pillow knows more, among them EPS, for which it starts Ghostscript. Not every Pillow knows all of these.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
 Picture = str | PathLike[str] | Image.Image | np.ndarray | Tensor
 
@@ -59,7 +62,7 @@ def read_image(source: Picture) -> np.ndarray:
         return _to_rgb(source)
     name = fspath(source)
     try:
-        with Image.open(name) as picture:
+        with Image.open(name, formats=_formats()) as picture:
             width, height = picture.size
             if width * height > MAX_PIXELS:
                 raise ValueError(f"{width} x {height} pixels, at most {MAX_PIXELS} in all are accepted")
@@ -68,6 +71,12 @@ def read_image(source: Picture) -> np.ndarray:
         raise FileNotFoundError(f"{name}: no such picture") from None
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, EOFError, struct.error... on broken files
         raise ValueError(f"{name}: cannot be read as a picture: {error}") from error
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _to_rgb(picture: Image.Image) -> np.ndarray:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from os import PathLike, path
 
 from .geometry import Item, change_units
+
+
+def stays_inside(name: str, folder: str | PathLike[str] = "") -> bool:
+    """Whether a file's name, absolute or taken from a folder, is one below that folder; links are not followed."""
+    return path.relpath(path.join(folder, name), folder or ".").split(path.sep)[0] != path.pardir
 
 
 @dataclass(frozen=True)

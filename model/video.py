@@ -165,7 +165,7 @@ def _pictures(source: Video) -> Sequence[Picture]:
     """The frames of a folder, an array, a tensor or a list, each something that `read_image` takes."""
     if isinstance(source, (str, PathLike)):
         files = [file for file in Path(source).iterdir() if file.suffix.lower() in _PICTURES and file.name[0] != "."]
-        return sorted(files, key=lambda file: [int(s) if s.isdigit() else s for s in re.split("([0-9]+)", file.name)])
+        return sorted(files, key=_numbered)
     if isinstance(source, (np.ndarray, Tensor)):
         frames = as_uint8(source, "video")
         first, last = frames.shape[1:2] == (3,), frames.shape[3:] == (3,)
@@ -176,6 +176,11 @@ def _pictures(source: Video) -> Sequence[Picture]:
     if not isinstance(source, Sequence):
         raise TypeError(f"video: expected a file, a folder, an array, a tensor or a list, got {type(source).__name__}")
     return source
+
+
+def _numbered(file: Path) -> list[str | int]:
+    """Text and numbers of its name in turn."""
+    return [int(piece) if i % 2 else piece for i, piece in enumerate(re.split("([0-9]+)", file.name))]
 
 
 def _sample(name: str, count: int, num_frames: int, clip: tuple[int, int] | None) -> list[int]:

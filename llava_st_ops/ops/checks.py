@@ -79,6 +79,8 @@ def check_grid_thw(op: str, grid_thw: Tensor, model_name: str, model: Tensor) ->
     """All but the contents, which are not read back from a device."""
     if grid_thw.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: grid_thw must be int32 or int64, got {grid_thw.dtype}")
+    if grid_thw.layout != torch.strided:
+        raise TypeError(f"{op}: grid_thw must be a dense tensor, got {grid_thw.layout}")
     if grid_thw.dim() != 2 or grid_thw.shape[1] != 3:
         raise ValueError(
             f"{op}: grid_thw must have shape [videos, 3] (time, height, width), got {list(grid_thw.shape)}"

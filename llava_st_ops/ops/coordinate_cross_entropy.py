@@ -107,7 +107,7 @@ def coordinate_cross_entropy(
         check_labels(_OP, len(weight) + sum(map(len, tables)), *tokens, ignore_index)
     sample, samples = _samples(reduction, sample, labels)
 
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows = hidden.reshape(labels.numel(), hidden.shape[-1])
     flat = [tensor.reshape(-1) for tensor in tokens]
     kept = active.reshape(-1).nonzero().squeeze(1) if _can_wait_for(labels) else None
     if kept is not None:
@@ -142,6 +142,8 @@ def _can_wait_for(tensor: Tensor) -> bool:
 
 
 def _check_sources(op: str, hidden: Tensor, weight: Tensor, tables: Sequence[Tensor]) -> None:
+    if hidden.dim() < 2:
+        raise ValueError(f"{op}: hidden must have at least 2 dimensions [..., C], got {list(hidden.shape)}")
     checks.check_floating(op, "hidden", hidden)
     checks.check_rank(op, "weight", weight, 2, "[V, C]")
     checks.check_same_kind(op, "weight", weight, "hidden", hidden)

@@ -37,6 +37,8 @@ def run(op: str, arguments: tuple[Any, ...], plain: Callable[..., Any]) -> Any:
     except RuntimeError as error:
         if "out of memory allocating" in str(error) and not isinstance(error, torch.OutOfMemoryError):
             raise torch.OutOfMemoryError(str(error)) from None  # the type is lost at the libraries' C boundary
+        if "Expected a value of type" in str(error):  # the dispatcher, of a flag that is no bool
+            raise TypeError(str(error)) from None
         raise
 
 

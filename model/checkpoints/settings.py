@@ -152,7 +152,7 @@ def _read_vision(published: Mapping[str, Any], specs: Mapping[str, TensorSpec]) 
     width, _, patch, _ = _shape(specs, f"{_TOWER}embeddings.patch_embedding.weight", 4)
     places = _shape(specs, _PLACES, 2)[0]
     tower = str(published.get("mm_vision_tower"))
-    named = re.search(r"patch(\d+)-(\d+)", tower)
+    named = re.search(r"patch([1-9]\d{0,5})-(\d{1,6})", tower)
     if named is None or int(named[1]) != patch or (int(named[2]) // patch) ** 2 != places:
         raise CheckpointError(
             f"config.json: mm_vision_tower: expected ...-patch{patch}-S, S x S pixels that make {places} patches, "

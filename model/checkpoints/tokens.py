@@ -29,7 +29,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         for path in files:
             Path(alone, path.name).symlink_to(path.absolute())
         try:
-            return AutoTokenizer.from_pretrained(alone)
+            return AutoTokenizer.from_pretrained(alone, trust_remote_code=False)  # by default it would ask
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
 

@@ -12,13 +12,16 @@ from typing import Any, BinaryIO, NamedTuple
 # A longer one is taken for a quote or a bracket that was never closed.
 MAX_RECORD = 2**24
 _CHUNK = 2**20
+# What has been passed is dropped at the latest after so much: `json` counts the lines before each error that it finds.
+_PASSED = 2**16
 # An error so close to the end of what has been read may be no error of the file.
 _MARGIN = 2**12
 _BOM = b"\xef\xbb\xbf"
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _FIRST_KEY = re.compile(r'\{[ \t\r\n]*"[^"\\]*"')
-# Strings, which may hold brackets and commas; a lone quote is one that does not end.
-_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{},"]', re.DOTALL)
+_BRACKET = re.compile(r'[\[\]{},"]')
+# Of a string, up to its next escape or its end: one pattern for long strings would take gigabytes.
+_OF_STRING = re.compile(r'[^"\\]*(?:(?P<end>")|\\.)', re.DOTALL)
 _NEXT = re.compile(r"[ \t\r\n]*[,\]]")
 _DECODER = json.JSONDecoder()
 
@@ -112,6 +115,7 @@ class _List:
         self.offset, self.line = offset, 1  # of that place
         self.blanks = ""  # before that place
         self.next_record = "$."  # a pattern that finds the next record; this one finds none
+        self.searched: tuple[str, int, int, int | None] = ("", 0, 0, None)  # see `_find_next`
 
     def records(self) -> Iterator[Found]:
         if (first := self._skip_blanks()) != "[":
@@ -159,7 +163,8 @@ class _List:
         """How records begin, from the one here."""
         _, newline, indent = self.blanks.rpartition("\n")
         if newline:
-            self.next_record = rf",?[ \t\r]*\n{indent}(?=\{{)"
+            # Begins at a comma or at the first of some blanks: from each of them on would take quadratic time.
+            self.next_record = rf"(?:,|(?<![ \t\r]))[ \t\r]*\n{indent}(?=\{{)"
         elif key := _FIRST_KEY.match(self.text, self.at):
             self.next_record = rf",[ \t\r\n]*(?={re.escape(key[0])})"
 
@@ -180,11 +185,11 @@ class _List:
 
     def _end_of_broken(self) -> int | None:
         while True:
-            found = re.compile(self.next_record).search(self.text, self.at + 1)
-            limit = found.start() if found else len(self.text)
+            found = self._find_next()
+            limit = len(self.text) if found is None else found
             if (end := self._closing(limit)) is not None:
                 return end
-            if found:
+            if found is not None:
                 return limit
             if not self._read():
                 break
@@ -193,14 +198,30 @@ class _List:
         last = self.text.rstrip(" \t\r\n")
         return len(last) - last.endswith("]")
 
+    def _find_next(self) -> int | None:
+        """Where the next record seems to begin. A search serves all broken records before the place that it found."""
+        start = self.offset - self.at  # of what is in memory
+        pattern, searched_from, searched_to, found = self.searched
+        known = (pattern, searched_to) == (self.next_record, start + len(self.text)) and searched_from <= self.offset
+        if not known or (found is not None and found <= self.offset):
+            match = re.compile(self.next_record).search(self.text, self.at + 1)
+            found = start + match.start() if match else None
+            self.searched = (self.next_record, self.offset, start + len(self.text), found)
+        return None if found is None else found - start
+
     def _closing(self, limit: int) -> int | None:
         """Where the brackets of the record here are closed, if a record or the list can end there."""
-        depth = 0
-        for match in _BRACKET.finditer(self.text, self.at, limit):
-            bracket = match[0]
+        depth, at = 0, self.at
+        while match := _BRACKET.search(self.text, at, limit):
+            bracket, at = match[0], match.end()
             if bracket == '"':
-                return None
-            if bracket in "[{":
+                while part := _OF_STRING.match(self.text, at, limit):
+                    at = part.end()
+                    if part["end"]:
+                        break
+                else:
+                    return None  # it does not end
+            elif bracket in "[{":
                 depth += 1
             elif depth == 0 and bracket in ",]":
                 return match.start()
@@ -219,6 +240,8 @@ class _List:
         self.line += self.text.count("\n", self.at, end)
         self.offset += end - self.at
         self.at = end
+        if self.at > _PASSED:
+            self.text, self.at = self.text[self.at :], 0
 
     def _read(self) -> bool:
         """Reads on; False at the end of the file, and where too much would be in memory."""

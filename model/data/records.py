@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ..configuration_llava_st import TEMPLATE_TOKENS
 from ..coordinate_text import VARIABLES, CoordinateText, from_variables, read, write
+from ..media import stays_inside
 from ..prompting.content import KINDS
 
 ROLES = {"human": "user", "gpt": "assistant"}
@@ -49,23 +50,23 @@ class RecordError(ValueError):
 
 
 def find_problems(
-    record: Any, folder: str | PathLike[str] = "", load: Callable[[Message], Any] | None = None
+    record: Any, folder: str | PathLike[str] | None = None, load: Callable[[Message], Any] | None = None
 ) -> list[Problem]:
     """All that is wrong with a record, whatever it is.
 
     Args:
         record: what JSON gave.
-        folder: where its videos and images are.
+        folder: where its videos and images are, and none outside of it; None: they may be anywhere.
         load: is called with each of these, a part of a message, and raises where one cannot be used. None: they are not
             looked at.
     """
     if not isinstance(record, Mapping):
         return [Problem("wrong type", f"expected a record, {{...}}, got {_show(record)}")]
-    turns, media = list(_of_turns(record)), list(_of_media(record))
+    turns, media = list(_of_turns(record)), list(_of_media(record, folder))
     readable = all(problem.kind == "order of turns" for problem in turns)
     placeholders = list(_of_placeholders(record)) if readable and not media else []
     positions = list(_of_positions(record)) or list(_of_items(record)) if readable else []
-    files = [] if media or load is None else list(_of_files(record, folder, load))
+    files = [] if media or load is None else list(_of_files(record, folder or "", load))
     return [*turns, *media, *placeholders, *positions, *files]
 
 
@@ -79,7 +80,7 @@ def to_conversation(record: Record, folder: str | PathLike[str] = "") -> list[Me
     Raises:
         RecordError: for one that `find_problems` finds something wrong with.
     """
-    if problems := find_problems(record):
+    if problems := find_problems(record, folder):
         raise RecordError("; ".join(map(str, problems)))
     waiting = {kind: iter(media_parts(record, folder, kind)) for kind in KINDS}
     conversation = []
@@ -159,7 +160,7 @@ def _of_turns(record: Record) -> Iterator[Problem]:
             yield Problem("order of turns", f"conversations: expected gpt to speak last, got {roles[-1]}")
 
 
-def _of_media(record: Record) -> Iterator[Problem]:
+def _of_media(record: Record, folder: str | PathLike[str] | None) -> Iterator[Problem]:
     for kind in KINDS:
         names = record.get(kind)
         listed = [names] if isinstance(names, str) else [] if names is None else names
@@ -167,6 +168,8 @@ def _of_media(record: Record) -> Iterator[Problem]:
             yield Problem("wrong type", f"{kind}: expected a file, or a list of files, got {_show(names)}")
         elif any("\0" in name or not _is_text(name) for name in listed):
             yield Problem("wrong type", f"{kind}: expected names of files, got {_show(names)}")
+        elif folder is not None and not all(stays_inside(name, folder) for name in listed):
+            yield Problem("wrong type", f"{kind}: expected files in the folder of media, {folder}, got {_show(names)}")
     meta = record.get("meta")
     if meta is not None and not isinstance(meta, Mapping):
         yield Problem("wrong type", f"meta: expected an object, got {_show(meta)}")

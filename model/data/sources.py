@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from ..yaml_files import read_yaml
 from .order import shuffled
 
 _STRATEGY = re.compile(r"(?P<kind>first|end|random):(?P<amount>\d+(?:\.\d+)?)(?P<percent>%?)")
 _KEYS = ("json_path", "data_folder", "source", "sampling_strategy")
 _BRACES = re.compile(r"\{([^{}]*,[^{}]*)\}")
+_MAX_ALTERNATIVES = 10_000
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,7 @@ def read_sources(data: str | PathLike[str], folder: str | PathLike[str] | None =
 
 
 def _entries(path: Path) -> Sequence[Any]:
-    try:
-        content = yaml.safe_load(path.read_bytes())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {error}") from None
+    content = read_yaml(path)
     entries = content.get("datasets") if isinstance(content, Mapping) else None
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path}: expected `datasets:` and a list of entries, got {content!r:.80}")
@@ -127,6 +125,8 @@ def _alternatives(name: str) -> list[str]:
     """`a{b,c}` as `ab` and `ac`."""
     pieces = _BRACES.split(name)
     choices = [piece.split(",") if i % 2 else [piece] for i, piece in enumerate(pieces)]
+    if (count := math.prod(map(len, choices))) > _MAX_ALTERNATIVES:
+        raise ValueError(f"{name[:80]!r}: braces may stand for at most {_MAX_ALTERNATIVES} names, got {count}")
     return ["".join(choice) for choice in product(*choices)]
 
 

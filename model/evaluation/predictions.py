@@ -84,7 +84,7 @@ def read_predictions(path: str | PathLike[str]) -> list[Prediction]:
     for number, line in enumerate(lines, start=1):
         try:
             predictions.append(Prediction.from_line(line))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise PredictionFileError(f"{path}, line {number}: not a prediction: {line[:80]!r}") from error
     if len({prediction.index for prediction in predictions}) < len(predictions):
         raise PredictionFileError(f"{path}: holds several predictions of the same sample")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -14,6 +13,7 @@ from typing import Any
 from .samples import Sample
 
 _NUMBER = (int, float)
+_LARGEST = 1e300
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def read_json(path: str | PathLike[str]) -> Any:
     """What a file of JSON holds; ValueError where it is none."""
     try:
         return json.loads(Path(path).read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
 
 
@@ -84,7 +84,8 @@ def get_size(record: Any, name: str) -> float:
 
 
 def number(value: Any, name: str) -> float:
-    if not isinstance(value, _NUMBER) or isinstance(value, bool) or not math.isfinite(value):
+    # Larger integers are no floats, and sums of larger floats are no numbers.
+    if not isinstance(value, _NUMBER) or isinstance(value, bool) or not abs(value) < _LARGEST:
         raise ValueError(f"{name}: expected a number, got {value!r}")
     return value
 

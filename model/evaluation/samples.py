@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..geometry import Box, TimeSpan
-from ..media import Media
+from ..media import Media, stays_inside
 from ..tasks import Part
 from .metrics import EventTruth, TubeTruth
 
@@ -38,6 +38,10 @@ class Sample:
     truth: Truth
     clip: tuple[int, int] | None = None
     in_seconds: bool = False
+
+    def __post_init__(self) -> None:
+        if not stays_inside(self.media) or "\0" in self.media:
+            raise ValueError(f"expected the name of a file below the folder of media, got {self.media!r}")
 
     def file(self, folder: Path) -> Path:
         """The file in the folder of media, which need not exist."""

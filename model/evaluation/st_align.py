@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from os import PathLike
+from string import whitespace
 from typing import Any
 
 from ..geometry import Box, Instant, Item, TimeSpan
@@ -23,9 +24,11 @@ _TUBE = "<bboxes>"
 _DIGITS = 3  # of positions in prompts
 # Of truths whose media cannot be read; otherwise it is the number of frames that were shown.
 _FRAMES = 100
-_CAPTION = re.compile(
-    rf"<e>[\s,]*(?P<caption>.*?)[\s.]*(?:Object bounding box:?)?[\s{{]*(?:{_TUBE}|$)", re.DOTALL | re.IGNORECASE
-)
+_END = re.compile("<e>", re.IGNORECASE)
+_TUBE_BEGINS = re.compile(_TUBE, re.IGNORECASE)
+_ANNOUNCEMENT = re.compile(r"Object bounding box:?\Z", re.IGNORECASE)
+# What the prompts of the tasks are filled in by, and no item can be.
+_FIELDS = ("self", "question", "wording")
 
 
 def read_st_align(path: str | PathLike[str], task: str, seed: int = 0) -> Dataset:
@@ -136,14 +139,18 @@ def _prompt(task: str, question: str, items: Mapping[str, Item], wording: int) -
         place = _placeholder(name)
         if place in question:
             # The layout of a box has its brackets already.
-            question = re.sub(rf"\[\s*{re.escape(place)}\s*\]", place, question)
+            question = re.sub(rf"\[\s*{re.escape(place)}\s*\]", lambda _, place=place: place, question)
+            if place[1:-1] in _FIELDS:
+                raise ValueError(f"meta: expected items of other names than {', '.join(_FIELDS)}, got {name!r}")
             found[place[1:-1]] = item
     wordings = {} if task == "stvg" else {"wording": wording}
     return tuple(TASKS[task].prompt(question, **wordings, **found))
 
 
 def _caption(answer: str) -> str:
-    found = _CAPTION.search(answer)
-    if found is None or not found["caption"]:
+    _, *rest = _END.split(answer, 1)
+    text = _TUBE_BEGINS.split(rest[0], 1)[0].rstrip(f"{{{whitespace}") if rest else ""
+    caption = _ANNOUNCEMENT.sub("", text).rstrip(f".{whitespace}").lstrip(f",{whitespace}")
+    if not caption:
         raise ValueError(f"conversations: expected the answer 'Ends in <e>, CAPTION. ... {_TUBE}', got {answer!r}")
-    return found["caption"]
+    return caption

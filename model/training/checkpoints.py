@@ -85,7 +85,7 @@ def damage(checkpoint: Path) -> str | None:
                 return f"{name} has {path.stat().st_size} bytes, expected {size}"
             if _checksum(path) != checksum:
                 return f"{name} is not as it was written"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:  # damaged JSON may be any JSON
         return f"it is not complete ({error})"
     return None
 

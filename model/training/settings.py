@@ -11,6 +11,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from ..yaml_files import read_yaml
+
 PARTS = ("packer", "positions", "projector", "embedding", "language_model", "head")
 STAGES = Path(__file__).parent / "stages"
 _CHOICES = {
@@ -138,8 +140,8 @@ def read_settings(path: str | PathLike[str], changes: Sequence[str] = ()) -> Sta
         ValueError: a key is unknown or missing, or a value is not as expected.
     """
     path = STAGES / f"{path}.yaml" if str(path) in published_stages() else Path(path)
+    values = read_yaml(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError(f"expected keys and values, got {type(values).__name__}")
         for change in changes:

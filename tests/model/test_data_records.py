@@ -180,11 +180,11 @@ def test_a_conversation_has_positions_by_occurrence():
 
 def test_media_are_where_their_placeholders_are():
     images = make_record(
-        "<image> or <image>?", "No", "And <image>?", "No", video=None, image=["a.png", "b.png", "/c.png"]
+        "<image> or <image>?", "No", "And <image>?", "No", video=None, image=["a.png", "b.png", "/data/c.png"]
     )
     first, _, third, _ = to_conversation(images, "/data")
     assert [part.get("image") for part in first["content"][:-1]] == ["/data/a.png", "/data/b.png"]
-    assert [part.get("image") for part in third["content"][:-1]] == ["/c.png"]
+    assert [part.get("image") for part in third["content"][:-1]] == ["/data/c.png"]
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -1,0 +1,109 @@
+"""Any call of a public op gives what its reference gives; one that makes no sense, a documented error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.hardening.op_calls import NAN, OPS, Call, calls
+from tests.hardening.profiles import fuzz
+from tests.tolerance import assert_accurate
+
+
+def results(call: Call, function, dtype: torch.dtype | None = None):
+    """The output and the gradients of all sources, converted to a dtype first."""
+    sources = [x if dtype is None else x.to(dtype) for x in call.sources.values()]
+    leaves = [x.detach().requires_grad_() for x in sources]
+    output = call.of(function, leaves)
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    narrow = next(iter(call.sources.values())).dtype
+    if not output.requires_grad:  # of no videos at all the reference makes a constant
+        return [output, *(torch.zeros_like(x) for x in leaves)]
+    grads = torch.autograd.grad(output, leaves, grad.to(narrow).to(output.dtype), allow_unused=True)
+    return [output.detach(), *(x.new_zeros(x.shape) if g is None else g for x, g in zip(leaves, grads, strict=True))]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_any_call_gives_what_the_reference_gives(name):
+    @fuzz(25)
+    @given(calls(name))
+    def check(call):
+        before = [x.clone() for x in call.sources.values()]
+        actual, exact, same = (
+            results(call, call.run),
+            results(call, call.plain, torch.float64),
+            results(call, call.plain),
+        )
+        for label, *triple in zip(("output", *call.sources), actual, exact, same, strict=True):
+            assert_accurate(*triple, f"{name}: {label}")
+        for x, unchanged in zip(call.sources.values(), before, strict=True):
+            assert torch.equal(x, unchanged), "arguments stay as they were"
+
+    check()
+
+
+def wrong(x: torch.Tensor, how: str) -> object:
+    """An argument in the place of a tensor."""
+    return {
+        "dtype": lambda: x.long() if x.dtype.is_floating_point else x.float(),
+        "half": lambda: x.half(),
+        "bool": lambda: x.bool(),
+        "complex": lambda: x.to(torch.complex64),
+        "fewer dimensions": lambda: x.flatten(),
+        "more dimensions": lambda: x[None],
+        "scalar": lambda: torch.zeros((), dtype=x.dtype),
+        "longer": lambda: torch.cat([x, x[:1]]) if x.dim() and len(x) else x.new_zeros(3),
+        "empty": lambda: x[:0] if x.dim() else x.new_zeros(0),
+        "meta": lambda: x.to("meta"),
+        "sparse": lambda: x.to_sparse(),
+        "negative": lambda: -x.abs() - 1 if not x.dtype.is_complex else x,
+        "huge": lambda: torch.full_like(x, torch.finfo(x.dtype).max if x.dtype.is_floating_point else 2**31 - 1),
+        "nan": lambda: x * NAN,
+        "none": lambda: None,
+        "number": lambda: 3,
+        "list": lambda: [1, 2, 3],
+        "text": lambda: "mean",
+    }[how]()
+
+
+HOW = ("dtype", "half", "bool", "complex", "fewer dimensions", "more dimensions", "scalar", "longer", "empty", "meta",
+       "sparse", "negative", "huge", "nan", "none", "number", "list", "text")  # fmt: skip
+NUMBERS = (None, -1, 0, 2**31, 2**63, 10**400, 0.5, NAN, float("inf"), "3", (1,), (0, 1, 1), (1, 1, 2**62), (1.5, 1, 1),
+           ("1", 1, 1), [2**63] * 3, torch.ones(3), True)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_wrong_arguments_are_errors_or_are_understood(name):
+    """Never a crash. What is taken gives a result that the reference gives, too; what is refused is a ValueError or a
+    TypeError (an AttributeError where something is no tensor at all)."""
+
+    @fuzz(60)
+    @given(calls(name), st.data())
+    def check(call, data):
+        names = st.sampled_from([*call.sources, *call.others])
+        errors: tuple[type[Exception], ...] = (ValueError, TypeError)
+        for changed in data.draw(st.lists(names, min_size=1, max_size=2, unique=True)):
+            arguments = call.sources if changed in call.sources else call.others
+            value = arguments[changed]
+            if isinstance(value, torch.Tensor):
+                arguments[changed] = put = wrong(value, data.draw(st.sampled_from(HOW)))
+                if not isinstance(put, torch.Tensor):
+                    errors += (AttributeError,)
+                elif put.is_sparse:
+                    errors += (NotImplementedError,)
+            else:
+                arguments[changed] = data.draw(st.sampled_from(NUMBERS))
+        try:
+            output = call.of(call.run, list(call.sources.values()))
+        except errors:
+            return
+        if output.is_meta:
+            return
+        expected = call.of(call.plain, [x.double() for x in call.sources.values()])
+        same = call.of(call.plain, list(call.sources.values()))
+        assert_accurate(output, expected, same, name)
+
+    check()
