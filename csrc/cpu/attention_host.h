@@ -20,6 +20,7 @@ inline AttentionProblem dense_problem(int64_t batch, Extent grid, Extent region,
   problem.queries = batch * regions_of(grid, region).count();
   problem.heads = heads;
   problem.head_dim = head_dim;
+  problem.value_dim = head_dim;
   problem.scale = scale;
   problem.region = region;
   problem.grid = grid;

@@ -16,7 +16,7 @@ struct Operand {
 
 struct AttentionProblem {
   int64_t queries;  // regions of all samples together
-  int64_t heads, head_dim;
+  int64_t heads, head_dim, value_dim;
   double scale;
   Extent region;
 
@@ -31,13 +31,16 @@ struct AttentionProblem {
   LLAVA_ST_HOST_DEVICE bool packed() const { return offsets != nullptr; }
 };
 
+/// A bias has rows of one number. Without one its data, and that of its gradient, is null.
 struct ForwardOperands {
   Operand query, key, value, output;
+  Operand bias = {};
 };
 
 struct BackwardOperands {
   Operand grad_output, query, key, value;
   Operand grad_query, grad_key, grad_value;
+  Operand bias = {}, grad_bias = {};
 };
 
 /// Both return false when scratch memory could not be had (errors must not cross the loop).
@@ -45,7 +48,7 @@ using Forward = bool (*)(const AttentionProblem&, const ForwardOperands&, const 
 using Backward = bool (*)(const AttentionProblem&, const BackwardOperands&, const ParallelLoop&);
 
 /// Attention over normalised keys and values that all heads share: `strides.head` of these has no meaning. Batches are
-/// dense, and `scale` is not used.
+/// dense, values are as wide as keys, and `scale` and biases are not used.
 struct NormalizedProblem {
   AttentionProblem attention;
   double eps;

@@ -53,14 +53,16 @@ struct ScoreRows {
   LLAVA_ST_INLINE S* row(int64_t index) const { return scores + index * stride; }
 };
 
-/// Scores become weights; `length(row)` is how many a row has. NaN and infinite scores give NaN, as in torch.
-template <class S, class Length>
+/// Scores become weights; `length(row)` is how many a row has. NaN and infinite scores give NaN, as in torch; but where
+/// keys may be `masked`, a row of nothing but -inf gives zeros.
+template <bool masked = false, class S, class Length>
 LLAVA_ST_INLINE void softmax(const ScoreRows<S>& all, Length length) {
   for (int64_t index = 0; index < all.rows; ++index) {
     S* const row = all.row(index);
     const int64_t n = length(index);
     S largest = row[0];
     for (int64_t j = 1; j < n; ++j) largest = row[j] > largest ? row[j] : largest;
+    if constexpr (masked) largest = largest == -INFINITY ? 0 : largest;
     for (int64_t j = 0; j < n; ++j) row[j] -= largest;
   }
   for (int64_t i = 0; i < all.rows * all.stride; i += kLanes) store(all.scores + i, exponential(load(all.scores + i)));
@@ -69,7 +71,7 @@ LLAVA_ST_INLINE void softmax(const ScoreRows<S>& all, Length length) {
     const int64_t n = length(index);
     S sum = 0;
     for (int64_t j = 0; j < n; ++j) sum += row[j];
-    const S inverse = 1 / sum;
+    const S inverse = masked && sum == 0 ? 0 : 1 / sum;
     for (int64_t j = 0; j < n; ++j) row[j] *= inverse;
   }
 }

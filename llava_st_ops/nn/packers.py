@@ -26,7 +26,7 @@ class PointToRegionPacker(Foldable):
 
     Args:
         visual_dim: width C of the features.
-        embed_dim: width of the attention, a multiple of `num_heads`; `embed_dim / num_heads` is at most 256.
+        embed_dim: width of the attention, a multiple of `num_heads`; `embed_dim / num_heads` is at most 1,152.
         num_heads: attention heads.
         region: tokens per region along time, height and width; LLaVA-ST uses `(1, 3, 3)` and `(5, 1, 1)`.
         eps: of the LayerNorms; TokenPacker uses 1e-6.

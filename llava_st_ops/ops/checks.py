@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 1152
 
 
 def can_read(*tensors: Tensor) -> bool:
@@ -103,34 +103,43 @@ def check_scale(op: str, scale: float | None) -> float | None:
     return number
 
 
-def check_grad_output(op: str, grad_output: Tensor, query: Tensor) -> None:
+def check_grad_output(op: str, grad_output: Tensor, query: Tensor, width: int | None = None) -> None:
+    """That it is like `query`, but for its last dimension where a `width` is given."""
     check_same_kind(op, "grad_output", grad_output, "query", query)
-    check_shape(op, "grad_output", grad_output, query.shape)
+    check_shape(op, "grad_output", grad_output, query.shape if width is None else (*query.shape[:-1], width))
 
 
-def check_attention_inputs(op: str, query: Tensor, key: Tensor, value: Tensor, region: Sequence[int]) -> None:
-    """Of the dense form: query `[B, T', H', W', heads, D]`, key and value `[B, T, H, W, heads, D]`."""
+def check_attention_inputs(
+    op: str, query: Tensor, key: Tensor, value: Tensor, region: Sequence[int], bias: Tensor | None = None
+) -> None:
+    """Of the dense form: query `[B, T', H', W', heads, D]`, key `[B, T, H, W, heads, D]`, value
+    `[B, T, H, W, heads, Dv]`, bias `[B, T, H, W, heads]`."""
     check_region(op, region)
     check_rank(op, "query", query, 6, "[B, T', H', W', heads, D]")
     check_rank(op, "key", key, 6, "[B, T, H, W, heads, D]")
     _check_kinds(op, query, key, value)
     batch, t, h, w, heads, dim = key.shape
-    check_shape(op, "value", value, key.shape)
+    _check_value_and_bias(op, query, key, value, bias)
     check_shape(op, "query", query, (batch, *regions_of((t, h, w), region), heads, dim))
-    _check_head_dim(op, dim)
 
 
 def check_packed_attention_inputs(
-    op: str, query: Tensor, key: Tensor, value: Tensor, grid_thw: Tensor, region: Sequence[int]
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grid_thw: Tensor,
+    region: Sequence[int],
+    bias: Tensor | None = None,
 ) -> None:
-    """Of the packed form: query `[queries, heads, D]`, key and value `[tokens, heads, D]`, grid_thw `[videos, 3]`."""
+    """Of the packed form: query `[queries, heads, D]`, key `[tokens, heads, D]`, value `[tokens, heads, Dv]`, grid_thw
+    `[videos, 3]`, bias `[tokens, heads]`."""
     check_region(op, region)
     check_rank(op, "query", query, 3, "[queries, heads, D]")
     check_rank(op, "key", key, 3, "[tokens, heads, D]")
     _check_kinds(op, query, key, value)
-    check_shape(op, "value", value, key.shape)
+    _check_value_and_bias(op, query, key, value, bias)
     check_shape(op, "query", query, (query.shape[0], *key.shape[1:]))
-    _check_head_dim(op, key.shape[2])
     check_grid_thw(op, grid_thw, "query", query)
 
 
@@ -156,6 +165,13 @@ def _check_kinds(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
     check_same_kind(op, "value", value, "query", query)
 
 
-def _check_head_dim(op: str, head_dim: int) -> None:
-    if head_dim > MAX_HEAD_DIM:
-        raise ValueError(f"{op}: the head dimension (last of query) must be at most {MAX_HEAD_DIM}, got {head_dim}")
+def _check_value_and_bias(op: str, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> None:
+    check_shape(op, "value", value, (*key.shape[:-1], value.shape[-1] if value.dim() == key.dim() else key.shape[-1]))
+    for name, head_dim in (("query", key.shape[-1]), ("value", value.shape[-1])):
+        if head_dim > MAX_HEAD_DIM:
+            raise ValueError(
+                f"{op}: the head dimension (last of {name}) must be at most {MAX_HEAD_DIM}, got {head_dim}"
+            )
+    if bias is not None:
+        check_same_kind(op, "bias", bias, "query", query)
+        check_shape(op, "bias", bias, key.shape[:-1])

@@ -63,13 +63,19 @@ def is_transformed(*tensors: Tensor) -> bool:
     return False
 
 
+def places_of(tensors: int, last: int | None, count: int) -> list[int]:
+    """The places of the first `tensors` of `count` arguments, and of the one at `last` where that is among them."""
+    return [*range(tensors), *([last] if last is not None and last < count else [])]
+
+
 def _needs_gradient(values: tuple[object, ...]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
 
 
 @dataclass(frozen=True)
 class Derivative:
-    """How an op is differentiated: the gradients of its first `tensors` arguments come from `backward_op`.
+    """How an op is differentiated: the gradients of its first `tensors` arguments, and after those of the one at the
+    place `last` where such a call has it, come from `backward_op`.
 
     `call(backward_op, grad_output, outputs, arguments, needed)` makes the call and gives one gradient per argument, or
     None; by default `backward_op(grad_output, *arguments)`. Of the arguments, those in `unsaved` are None there; the
@@ -78,6 +84,7 @@ class Derivative:
 
     backward_op: torch._ops.OpOverload
     tensors: int
+    last: int | None = None
     call: Callable[..., Sequence[Tensor | None]] | None = None
     unsaved: tuple[int, ...] = ()
     saves_outputs: bool = False
@@ -96,7 +103,7 @@ def register_autograd(registry: torch.library.Library, op: torch._ops.OpOverload
     raises, as do the transforms of torch.func, whose gradients do not reach an op's autograd kernel.
     """
     name = op._schema.name.split("::")[1]
-    backward_op, tensors = derivative.backward_op, derivative.tensors
+    backward_op = derivative.backward_op
     call = derivative.call or _call_backward
 
     class BackwardFunction(torch.autograd.Function):
@@ -129,10 +136,13 @@ def register_autograd(registry: torch.library.Library, op: torch._ops.OpOverload
         def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
             saved = iter(ctx.saved_tensors)
             kept = [next(saved) if value is _SAVED else value for value in ctx.kept]
-            needed = ctx.needs_input_grad[:tensors]
+            places = places_of(derivative.tensors, derivative.last, ctx.count)
+            needed = [ctx.needs_input_grad[place] for place in places]
             grads = call(backward_op, grad_output, kept[ctx.count :], kept[: ctx.count], needed)
-            wanted = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
-            return (*wanted, *(None for _ in range(ctx.count - tensors)))
+            wanted: list[Tensor | None] = [None] * ctx.count
+            for place, grad, need in zip(places, grads, needed, strict=False):  # there may be one of no bias, too
+                wanted[place] = grad if need else None
+            return tuple(wanted)
 
     def autograd_kernel(function: type[torch.autograd.Function], inner: torch._ops.OpOverload) -> Callable[..., Any]:
         def kernel(*arguments: Any) -> Any:
@@ -218,14 +228,20 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) if t.dtype.is_floating_point and t.dtype != torch.float64 else t for t in tensors)
 
 
-def register_autocast(registry: torch.library.Library, op: torch._ops.OpOverload, tensors: int) -> None:
-    """Under autocast the first `tensors` arguments of the raw op are cast; positions and grids never are."""
+def register_autocast(
+    registry: torch.library.Library, op: torch._ops.OpOverload, tensors: int, last: int | None = None
+) -> None:
+    """Under autocast the first `tensors` arguments of the raw op are cast, and the one at the place `last` where a call
+    has it; positions and grids never are."""
 
     def kernel_for(key: torch._C.DispatchKey) -> Callable[..., Any]:
         def kernel(*arguments: Any) -> Any:
-            cast = autocast(*arguments[:tensors])
+            cast = list(arguments)
+            for place in places_of(tensors, last, len(arguments)):
+                if arguments[place] is not None:
+                    (cast[place],) = autocast(arguments[place])
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-                return op(*cast, *arguments[tensors:])
+                return op(*cast)
 
         return kernel
 

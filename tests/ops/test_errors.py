@@ -27,10 +27,11 @@ BAD_DENSE = [
     ({"query": torch.randn(2, 3)}, "query must have 6 dimensions", "got 2"),
     ({"key": torch.randn(2, 3)}, "key must have 6 dimensions", "got 2"),
     (
-        {"value": torch.randn(2, 3, 4, 5, 2, 9)},
-        r"value must have shape \[2, 3, 4, 5, 2, 8\]",
-        r"got \[2, 3, 4, 5, 2, 9",
+        {"value": torch.randn(2, 3, 4, 5, 3, 9)},
+        r"value must have shape \[2, 3, 4, 5, 2, 9\]",
+        r"got \[2, 3, 4, 5, 3, 9",
     ),
+    ({"value": torch.randn(2, 3)}, r"value must have shape \[2, 3, 4, 5, 2, 8\]", r"got \[2, 3\]"),
     (
         {"query": torch.randn(2, 2, 2, 1, 2, 8)},
         r"query must have shape \[2, 2, 2, 2, 2, 8\]",
@@ -115,11 +116,13 @@ def test_integers_and_wide_heads():
     query, key, value = (x.long() for x in CASE.inputs(torch.float32))
     with pytest.raises(TypeError, match="query must be of a floating point dtype, got torch.int64"):
         point_to_region_attention(query, key, value, (2, 3, 3))
-    wide = Case(1, (1, 1, 1), (1, 1, 1), 1, 257)
-    with pytest.raises(ValueError, match="head dimension .* at most 256, got 257"):
-        point_to_region_attention(*wide.inputs(torch.float32), wide.region)
-    with pytest.raises(RuntimeError, match="head dimension .* at most 256, got 257"):
-        torch.ops.llava_st.point_to_region_attention(*wide.inputs(torch.float32), list(wide.region))
+    for name, dims in (("query", (1153, 8)), ("value", (8, 1153))):
+        wide = Case(1, (1, 1, 1), (1, 1, 1), 1, *dims)
+        message = rf"head dimension \(last of {name}\) must be at most 1152, got 1153"
+        with pytest.raises(ValueError, match=message):
+            point_to_region_attention(*wide.inputs(torch.float32), wide.region)
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.llava_st.point_to_region_attention(*wide.inputs(torch.float32), list(wide.region))
 
 
 def test_out_of_memory_has_its_own_type():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,39 +25,44 @@ pytestmark = pytest.mark.usefixtures("poisoned_results")
 
 def check(case: Case, inputs, scale=None):
     assert_matches_reference(
-        lambda q, k, v: point_to_region_attention(q, k, v, case.region, scale),
+        lambda q, k, v, bias=None: point_to_region_attention(q, k, v, case.region, scale, bias),
         dense_reference(case.region, scale),
         inputs,
     )
 
 
-def naive(query, key, value, region, scale):
+def naive(query, key, value, region, scale, bias=None):
     """One query at a time, by the definition: an oracle that shares nothing with the reference."""
-    output = torch.zeros_like(query)
+    output = query.new_zeros(*query.shape[:-1], value.shape[-1])
     for b, t, h, w, head in torch.cartesian_prod(*(torch.arange(size) for size in query.shape[:5])).tolist():
         block = [slice(i * step, (i + 1) * step) for i, step in zip((t, h, w), region, strict=True)]
         keys = key[b][tuple(block)][..., head, :].flatten(0, 2)
         values = value[b][tuple(block)][..., head, :].flatten(0, 2)
-        output[b, t, h, w, head] = torch.softmax(keys @ query[b, t, h, w, head] * scale, 0) @ values
+        scores = keys @ query[b, t, h, w, head] * scale
+        if bias is not None:
+            biases = bias[b][tuple(block)][..., head].flatten()
+            there = biases > -math.inf
+            scores, values = (scores + biases)[there], values[there]
+        output[b, t, h, w, head] = torch.softmax(scores, 0) @ values
     return output
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_reference_is_the_definition(case):
-    query, key, value = case.inputs(torch.float64)
-    expected = naive(query, key, value, case.region, 0.3)
-    torch.testing.assert_close(
-        reference.point_to_region_attention(query, key, value, case.region, 0.3), expected, rtol=1e-12, atol=1e-12
-    )
+    query, key, value, *bias = case.inputs(torch.float64)
+    expected = naive(query, key, value, case.region, 0.3, *bias)
+    actual = reference.point_to_region_attention(query, key, value, case.region, 0.3, *bias)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_reference_backward_is_the_derivative(case):
     inputs = case.inputs(torch.float64)
-    grad_output = torch.randn_like(inputs[0])
+    grad_output = torch.randn(case.output_shape, dtype=torch.float64)
     _, expected = gradients(dense_reference(case.region), inputs, grad_output)
-    actual = reference.point_to_region_attention_backward(grad_output, *inputs, case.region)
-    torch.testing.assert_close(list(actual), expected, rtol=1e-12, atol=1e-12)
+    query, key, value, *bias = inputs
+    actual = reference.point_to_region_attention_backward(grad_output, query, key, value, case.region, None, *bias)
+    torch.testing.assert_close(list(actual)[: len(inputs)], expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -71,10 +78,13 @@ def test_matches_reference(on_backend, case, dtype):
 def test_empty(on_backend, case):
     inputs = case.inputs(torch.float32, on_backend)
     output, grads = gradients(
-        lambda q, k, v: point_to_region_attention(q, k, v, case.region), inputs, torch.empty_like(inputs[0])
+        lambda q, k, v, bias=None: point_to_region_attention(q, k, v, case.region, None, bias),
+        inputs,
+        torch.empty(case.output_shape, device=on_backend),
     )
-    assert output.shape == inputs[0].shape
+    assert output.shape == case.output_shape
     assert [g.shape for g in grads] == [x.shape for x in inputs]
+    assert not any(grad.any() for grad in grads), "a sum over nothing"
 
 
 def test_scale(on_backend):
@@ -93,6 +103,8 @@ def test_any_shape(data):
         data.draw(st.tuples(sizes, sizes, sizes), "region"),
         data.draw(st.integers(1, 4), "heads"),
         data.draw(st.sampled_from([1, 2, 5, 8, 12, 33, 64]), "dim"),
+        data.draw(st.sampled_from([None, 3, 16, 40]), "value_dim"),
+        data.draw(st.booleans(), "biased"),
     )
     dtype = data.draw(st.sampled_from(DTYPES), "dtype")
     inputs = []
@@ -105,7 +117,8 @@ def test_any_shape(data):
 def strided(tensor, layout):
     """The same shape, and but for "expanded" the same values, in memory of another layout."""
     if layout == "permuted":  # the last dimension is not contiguous
-        return tensor.permute(5, 4, 3, 2, 1, 0).contiguous().permute(5, 4, 3, 2, 1, 0)
+        backwards = tuple(reversed(range(tensor.dim())))
+        return tensor.permute(backwards).contiguous().permute(backwards)
     if layout == "sliced":  # rows of a larger tensor, unaligned
         wide = torch.zeros(*tensor.shape[:-1], 2 * tensor.shape[-1] + 1, dtype=tensor.dtype, device=tensor.device)
         wide[..., 1 : 1 + tensor.shape[-1]] = tensor
@@ -122,8 +135,8 @@ def strided(tensor, layout):
 
 @pytest.mark.parametrize("layout", ["permuted", "sliced", "spread", "expanded"])
 def test_strided(on_backend, layout):
-    case = Case(2, (3, 5, 4), (2, 3, 3), 2, 16)
-    for which in range(3):
+    case = Case(2, (3, 5, 4), (2, 3, 3), 2, 16, biased=True)
+    for which in range(4):
         inputs = case.inputs(torch.float32, on_backend)
         inputs[which] = strided(inputs[which], layout)
         check(case, inputs)
@@ -181,14 +194,16 @@ def test_small_weights_are_as_accurate_as_large_ones(on_backend):
     assert weight[~normal].max() <= 4 * torch.finfo(torch.float32).tiny
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_same_bits_in_every_run_and_with_any_number_of_threads(on_backend, dtype):
-    case = Case(1, (6, 9, 9), (1, 3, 3), 4, 32)
+def test_the_same_bits_in_every_run_and_with_any_number_of_threads(on_backend, dtype, biased):
+    case = Case(1, (6, 9, 9), (1, 3, 3), 4, 32, biased=biased)
     inputs = case.inputs(dtype, on_backend)
     grad_output = torch.randn(case.query_shape, device=on_backend).to(dtype)
 
     def run():
-        output, grads = gradients(lambda q, k, v: point_to_region_attention(q, k, v, case.region), inputs, grad_output)
+        attention = lambda q, k, v, bias=None: point_to_region_attention(q, k, v, case.region, None, bias)  # noqa: E731
+        output, grads = gradients(attention, inputs, grad_output)
         return [output, *grads]
 
     first = run()
@@ -217,9 +232,10 @@ def test_gradients_of_some_inputs_only(on_backend, wanted):
             assert leaf.grad is None
 
 
-def test_few_queries_and_many_heads_are_cut_by_head():
+@pytest.mark.parametrize("biased", [False, True])
+def test_few_queries_and_many_heads_are_cut_by_head(biased):
     """One region and 16 heads: the CPU kernel shares out heads; nothing may be lost between the shares."""
-    case = Case(1, (2, 3, 3), (2, 3, 3), 13, 16)
+    case = Case(1, (2, 3, 3), (2, 3, 3), 13, 16, biased=biased)
     with use_backend("cpu"):
         check(case, case.inputs(torch.float32))
 

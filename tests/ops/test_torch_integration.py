@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import llava_st_ops
 from llava_st_ops import point_to_region_attention, point_to_region_attention_packed, reference, use_backend
-from tests.attention_cases import Case, dense_reference, gradients
+from tests.attention_cases import Case, dense_reference, gradients, random_bias
 
 CASE = Case(2, (3, 4, 5), (2, 3, 3), 2, 8)
 GRIDS = torch.tensor([[2, 3, 4], [1, 5, 3]])
@@ -19,6 +19,11 @@ def packed_inputs(dtype=torch.float32):
     tokens = int(GRIDS.prod(1).sum())
     queries = sum(t * -(-h // 3) * -(-w // 3) for t, h, w in GRIDS.tolist())
     return [torch.randn(rows, 2, 8, dtype=dtype) for rows in (queries, tokens, tokens)]
+
+
+def random_biases(name, dtype):
+    shape = packed_inputs()[1].shape[:-1] if name.startswith("packed") else CASE.key_shape[:-1]
+    return random_bias(shape, torch.Generator().manual_seed(0)).to(dtype)
 
 
 def raw_calls(dtype, requires_grad, ops=torch.ops.llava_st):
@@ -45,6 +50,8 @@ def test_opcheck(name, dtype):
     op, arguments = raw_calls(dtype, requires_grad=not name.endswith("backward"))[name]
     torch.library.opcheck(op, arguments)
     torch.library.opcheck(op, arguments, {"scale": 0.5})
+    bias = random_biases(name, dtype).requires_grad_(not name.endswith("backward"))
+    torch.library.opcheck(op, arguments, {"bias": bias})
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

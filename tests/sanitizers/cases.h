@@ -18,6 +18,10 @@ struct Case {
   Extent region;
   int64_t heads, dim;
   double scale = 0;  // 0: 1 / sqrt(dim)
+  bool biased = false;
+  int64_t own_value_dim = 0;  // 0: that of keys
+
+  int64_t value_dim() const { return own_value_dim != 0 ? own_value_dim : dim; }
 };
 
 constexpr bool kDense = false, kPacked = true;
@@ -41,6 +45,13 @@ inline const std::vector<Case> kCases = {
     {"videos of all sizes", kPacked, {{3, 4, 5}, {1, 1, 62}, {1, 9, 1}, {8, 2, 3}}, {2, 2, 2}, 2, 7},
     {"packed strips", kPacked, {{1, 3, 32}, {1, 2, 7}, {1, 5, 29}}, {1, 3, 3}, 2, 72},
     {"packed many keys", kPacked, {{7, 7, 7}, {2, 2, 2}}, {7, 7, 7}, 3, 16},
+    {"biased", kDense, {{1, 6, 9}, {1, 6, 9}}, {1, 3, 3}, 2, 128, 0, true},
+    {"biased, partial at every edge", kDense, {{3, 7, 5}, {3, 7, 5}}, {2, 3, 3}, 3, 40, 0, true},
+    {"biased, heads are shared out", kDense, {{5, 6, 6}}, {5, 3, 3}, 5, 24, 0, true},
+    {"biased, less than a vector", kPacked, {{3, 4, 5}, {1, 9, 1}}, {2, 2, 2}, 2, 7, 0, true, 3},
+    {"values wider than keys", kDense, {{1, 4, 62}, {1, 4, 62}}, {1, 3, 3}, 2, 16, 0, false, 72},
+    {"values less wide than keys", kPacked, {{1, 3, 32}, {1, 2, 7}}, {1, 3, 3}, 2, 72, 0, true, 8},
+    {"the widest heads", kDense, {{2, 3, 4}}, {1, 3, 3}, 2, 1152, 0, true},
 };
 
 /// Where the rows of a tensor are: its sizes (sample, t, h, w; packed: 1, 1, 1, tokens) and each row's place in them.
@@ -99,6 +110,7 @@ inline cpu::AttentionProblem problem_of(const Case& a, const Layout& layout) {
   problem.queries = static_cast<int64_t>(layout.regions.size());
   problem.heads = a.heads;
   problem.head_dim = a.dim;
+  problem.value_dim = a.value_dim();
   problem.scale = scale_of(a);
   problem.region = a.region;
   problem.largest_region = static_cast<int64_t>(layout.largest_region);

@@ -32,23 +32,42 @@ template <class T>
 Inputs random_inputs(const Case& a, const Layout& layout) {
   std::mt19937 generator(1);
   std::uniform_real_distribution<double> uniform(-2, 2);
-  const auto numbers = [&](int64_t rows) {
-    std::vector<double> result(static_cast<size_t>(rows * a.heads * a.dim));
+  const auto numbers = [&](int64_t rows, int64_t width) {
+    std::vector<double> result(static_cast<size_t>(rows * a.heads * width));
     for (double& number : result) number = static_cast<double>(static_cast<T>(uniform(generator)));
     return result;
   };
   const PackedOffset rows = layout.offsets.back();
-  return {numbers(rows.query), numbers(rows.key), numbers(rows.key), numbers(rows.query)};
+  Inputs inputs = {numbers(rows.query, a.dim),
+                   numbers(rows.key, a.dim),
+                   numbers(rows.key, a.value_dim()),
+                   numbers(rows.query, a.value_dim()),
+                   {}};
+  if (!a.biased) return inputs;
+  inputs.bias = numbers(rows.key, 1);
+  for (double& bias : inputs.bias) bias = bias < -1 ? -INFINITY : bias;
+  for (const int64_t token : layout.regions[0]) inputs.bias[static_cast<size_t>(token * a.heads)] = -INFINITY;
+  return inputs;
+}
+
+template <class T>
+void fill_all(Tensors<T>& tensors, const Inputs& inputs) {
+  fill(tensors.query, inputs.query);
+  fill(tensors.key, inputs.key);
+  fill(tensors.value, inputs.value);
+  fill(tensors.grad_output, inputs.grad_output);
+  if (tensors.biased) fill(tensors.bias, inputs.bias);
 }
 
 /// Both passes in every loop.
 template <class T>
 int64_t check_kernels(const AttentionKernels& kernels, const AttentionProblem& problem, Tensors<T>& tensors,
                       const Results& expected, const std::string& what) {
-  const std::vector<Written<T>> results = {{"output", tensors.output, expected.output},
-                                           {"grad_query", tensors.grad_query, expected.grad_query},
-                                           {"grad_key", tensors.grad_key, expected.grad_key},
-                                           {"grad_value", tensors.grad_value, expected.grad_value}};
+  std::vector<Written<T>> results = {{"output", tensors.output, expected.output},
+                                     {"grad_query", tensors.grad_query, expected.grad_query},
+                                     {"grad_key", tensors.grad_key, expected.grad_key},
+                                     {"grad_value", tensors.grad_value, expected.grad_value}};
+  if (tensors.biased) results.push_back({"grad_bias", tensors.grad_bias, expected.grad_bias});
   return check_in_every_loop(results, what + ", " + kernels.instruction_set, [&](const ParallelLoop& loop) {
     check(kernels.forward[kElement<T>](problem, tensors.forward(), loop), "the forward pass had no memory");
     check(kernels.backward[kElement<T>](problem, tensors.backward(), loop), "the backward pass had no memory");
@@ -61,14 +80,12 @@ int64_t check_case(const Case& a) {
   const Rows queries(layout.query_grids, a.packed), keys(a.grids, a.packed);
   const AttentionProblem problem = problem_of(a, layout);
   const Inputs inputs = random_inputs<T>(a, layout);
-  const Results expected = attend(layout.regions, a.heads, a.dim, scale_of(a), kPrecision<T>.computing, inputs);
+  const Results expected =
+      attend(layout.regions, a.heads, a.dim, a.value_dim(), scale_of(a), kPrecision<T>.computing, inputs);
   int64_t runs = 0;
   for (int view = 0; view < kViews; ++view) {
     Tensors<T> tensors(a, queries, keys, static_cast<View>(view));
-    fill(tensors.query, inputs.query);
-    fill(tensors.key, inputs.key);
-    fill(tensors.value, inputs.value);
-    fill(tensors.grad_output, inputs.grad_output);
+    fill_all(tensors, inputs);
     const std::string what = std::string(a.name) + ", " + kElementNames[kElement<T>] + ", " + kViewNames[view];
     for (const AttentionKernels* const kernels : instruction_sets()) {
       runs += check_kernels(*kernels, problem, tensors, expected, what);
@@ -104,10 +121,7 @@ int do_wrong(const std::string& fault) {
   AttentionProblem problem = problem_of(a, layout);
   Tensors<BFloat16> tensors(a, Rows(layout.query_grids, a.packed), Rows(a.grids, a.packed), kContiguous);
   const Inputs inputs = random_inputs<BFloat16>(a, layout);
-  fill(tensors.query, inputs.query);
-  fill(tensors.key, inputs.key);
-  fill(tensors.value, inputs.value);
-  fill(tensors.grad_output, inputs.grad_output);
+  fill_all(tensors, inputs);
   ParallelLoop loop = {deal<2>, 2};
   bool backward = false;
 

@@ -39,29 +39,38 @@ struct Expected {
 
 struct Inputs {
   std::vector<double> query, key, value, grad_output;
+  std::vector<double> bias;  // empty where there is none
 };
 
 struct Results {
-  Expected output, grad_query, grad_key, grad_value;
+  Expected output, grad_query, grad_key, grad_value, grad_bias;
 };
 
-/// One region and head: `query` and `tokens` tell where the rows of the query and of the tokens begin.
-inline void attend_region(const std::vector<size_t>& tokens, size_t query, size_t dim, Real scale, double u,
-                          const Inputs& in, Results& out) {
+/// One region and head: `query` and `all_tokens` are the numbers of their rows.
+inline void attend_region(const std::vector<size_t>& all_tokens, size_t query, size_t dim, size_t value_dim, Real scale,
+                          double u, const Inputs& in, Results& out) {
+  std::vector<size_t> tokens;  // that are not masked
+  for (const size_t token : all_tokens) {
+    if (in.bias.empty() || in.bias[token] > -INFINITY) tokens.push_back(token);
+  }
   const size_t n = tokens.size();
-  const double *const q = &in.query[query], *const g = &in.grad_output[query];
+  const double *const q = &in.query[query * dim], *const g = &in.grad_output[query * value_dim];
 
   Row p(n), dp(n);
   Real largest = -INFINITY, sum = 0, mean = 0, score_terms = 0, dp_terms = 0;  // the last two: A and G
   for (size_t j = 0; j < n; ++j) {
-    const double *const k = &in.key[tokens[j]], *const v = &in.value[tokens[j]];
-    Real score = 0, other = 0, terms = 0, other_terms = 0;
+    const double *const k = &in.key[tokens[j] * dim], *const v = &in.value[tokens[j] * value_dim];
+    const Real bias = in.bias.empty() ? 0 : in.bias[tokens[j]];
+    Real score = bias, other = 0, terms = std::fabs(bias), other_terms = 0;
     for (size_t d = 0; d < dim; ++d) {
-      const Real product = scale * q[d] * k[d], other_product = Real(g[d]) * v[d];
+      const Real product = scale * q[d] * k[d];
       score += product;
-      other += other_product;
       terms += std::fabs(product);
-      other_terms += std::fabs(other_product);
+    }
+    for (size_t d = 0; d < value_dim; ++d) {
+      const Real product = Real(g[d]) * v[d];
+      other += product;
+      other_terms += std::fabs(product);
     }
     p[j] = score;
     dp[j] = other;
@@ -72,32 +81,36 @@ inline void attend_region(const std::vector<size_t>& tokens, size_t query, size_
   for (Real& x : p) sum += x = std::exp(x - largest);
   for (size_t j = 0; j < n; ++j) mean += (p[j] /= sum) * dp[j];
 
-  const Real depth = Real(dim / 8 + 12);
+  const Real depth = Real(std::max(dim, value_dim) / 8 + 13);
   const Real r = (2 * (depth + 2) * score_terms + 2 * Real(n) + depth + 20) * u;
   for (size_t j = 0; j < n; ++j) {
-    const double *const k = &in.key[tokens[j]], *const v = &in.value[tokens[j]];
+    const double *const k = &in.key[tokens[j] * dim], *const v = &in.value[tokens[j] * value_dim];
     const Real weight = p[j], weight_off = 2 * r * weight;
     const Real ds = weight * (dp[j] - mean), ds_off = 8 * r * weight * dp_terms;
     for (size_t d = 0; d < dim; ++d) {
-      out.output.add(query + d, weight * v[d], weight_off * std::fabs(v[d]));
-      out.grad_query.add(query + d, ds * scale * k[d], ds_off * std::fabs(scale * k[d]));
-      out.grad_key.add(tokens[j] + d, ds * scale * q[d], ds_off * std::fabs(scale * q[d]));
-      out.grad_value.add(tokens[j] + d, weight * g[d], weight_off * std::fabs(g[d]));
+      out.grad_query.add(query * dim + d, ds * scale * k[d], ds_off * std::fabs(scale * k[d]));
+      out.grad_key.add(tokens[j] * dim + d, ds * scale * q[d], ds_off * std::fabs(scale * q[d]));
     }
+    for (size_t d = 0; d < value_dim; ++d) {
+      out.output.add(query * value_dim + d, weight * v[d], weight_off * std::fabs(v[d]));
+      out.grad_value.add(tokens[j] * value_dim + d, weight * g[d], weight_off * std::fabs(g[d]));
+    }
+    if (!in.bias.empty()) out.grad_bias.add(tokens[j], ds, ds_off);
   }
 }
 
 /// All regions: `regions[query]` holds the numbers of the tokens that belong to that query.
-inline Results attend(const std::vector<std::vector<int64_t>>& regions, int64_t heads, int64_t dim, double scale,
-                      double u, const Inputs& in) {
-  const size_t queries = in.query.size(), keys = in.key.size();
-  Results out = {Expected(queries), Expected(queries), Expected(keys), Expected(keys)};
-  const auto row = [&](int64_t number, int64_t head) { return static_cast<size_t>((number * heads + head) * dim); };
+inline Results attend(const std::vector<std::vector<int64_t>>& regions, int64_t heads, int64_t dim, int64_t value_dim,
+                      double scale, double u, const Inputs& in) {
+  Results out = {Expected(in.grad_output.size()), Expected(in.query.size()), Expected(in.key.size()),
+                 Expected(in.value.size()), Expected(in.bias.size())};
+  const auto row = [&](int64_t number, int64_t head) { return static_cast<size_t>(number * heads + head); };
   for (size_t query = 0; query < regions.size(); ++query) {
     for (int64_t head = 0; head < heads; ++head) {
       std::vector<size_t> tokens;
       for (const int64_t token : regions[query]) tokens.push_back(row(token, head));
-      attend_region(tokens, row(static_cast<int64_t>(query), head), static_cast<size_t>(dim), scale, u, in, out);
+      attend_region(tokens, row(static_cast<int64_t>(query), head), static_cast<size_t>(dim),
+                    static_cast<size_t>(value_dim), scale, u, in, out);
     }
   }
   return out;

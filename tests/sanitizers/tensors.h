@@ -99,24 +99,35 @@ template <class T>
 struct Tensors {
   Tensor<T> query, key, value, grad_output;
   Tensor<T> output, grad_query, grad_key, grad_value;
+  Tensor<T> bias, grad_bias;  // rows of one number
+  bool biased;
 
   /// torch makes results contiguous and aligned. Here they are as the inputs, which shows what is written beside their
   /// rows; but kernels may then not take them to be aligned, so one that they ask about is shifted.
   Tensors(const Case& a, const Rows& queries, const Rows& keys, View view)
       : query(queries, a.heads, a.dim, view, view == kSliced),
         key(keys, a.heads, a.dim, view, view == kSliced),
-        value(keys, a.heads, a.dim, view, view == kSliced),
-        grad_output(queries, a.heads, a.dim, view, view == kSliced),
-        output(queries, a.heads, a.dim, view, view == kSliced),
+        value(keys, a.heads, a.value_dim(), view, view == kSliced),
+        grad_output(queries, a.heads, a.value_dim(), view, view == kSliced),
+        output(queries, a.heads, a.value_dim(), view, view == kSliced),
         grad_query(queries, a.heads, a.dim, view, view == kSliced),
         grad_key(keys, a.heads, a.dim, view, view == kHeadsFirst),
-        grad_value(keys, a.heads, a.dim, view, view == kSliced) {}
+        grad_value(keys, a.heads, a.value_dim(), view, view == kSliced),
+        bias(keys, a.heads, 1, view, view == kSliced),
+        grad_bias(keys, a.heads, 1, view, view == kSliced),
+        biased(a.biased) {}
 
-  cpu::ForwardOperands forward() const { return {query.operand(), key.operand(), value.operand(), output.operand()}; }
-  cpu::BackwardOperands backward() const {
-    return {grad_output.operand(), query.operand(),    key.operand(),       value.operand(),
-            grad_query.operand(),  grad_key.operand(), grad_value.operand()};
+  cpu::ForwardOperands forward() const {
+    return {query.operand(), key.operand(), value.operand(), output.operand(), bias_or_none(bias)};
   }
+  cpu::BackwardOperands backward() const {
+    return {grad_output.operand(), query.operand(),      key.operand(),
+            value.operand(),       grad_query.operand(), grad_key.operand(),
+            grad_value.operand(),  bias_or_none(bias),   bias_or_none(grad_bias)};
+  }
+
+ private:
+  cpu::Operand bias_or_none(const Tensor<T>& tensor) const { return biased ? tensor.operand() : cpu::Operand{}; }
 };
 
 }  // namespace llava_st::tests
