@@ -76,17 +76,19 @@ def _alignment(*strides: tuple[int, ...]) -> int:
 def _launch_attention(
     kernel: Any,
     tensors: Sequence[Tensor],
-    outputs: Sequence[Tensor],
-    key: Tensor,
+    bias: Tensor | None,
+    outputs: Sequence[Tensor | None],
     layout: Layout,
     scale: float | None,
 ) -> None:
-    """Runs a kernel over all queries and heads. `tensors` are the inputs, `outputs` are contiguous."""
-    heads, dim = key.shape[-2:]
-    if layout.queries == 0 or heads == 0 or dim == 0:
+    """Runs a kernel over all queries and heads. `tensors` are the inputs, key and value the last; `outputs` are
+    contiguous."""
+    *_, key, value = tensors
+    (heads, dim), value_dim = key.shape[-2:], value.shape[-1]
+    if layout.queries == 0 or heads == 0 or max(dim, value_dim) == 0:
         return
     keys = math.prod(layout.region)
-    blocks = _blocks(keys, heads, dim, key.element_size())
+    blocks = _blocks(keys, heads, max(dim, value_dim), key.element_size())
     single_tile = keys <= blocks.keys
     tile = layout.region if single_tile else (0, 0, 0)
     head_blocks = -(-heads // blocks.heads)
@@ -98,13 +100,15 @@ def _launch_attention(
         kernel,
         (-(-programs // columns), columns),
         *tensors,
+        bias if bias is None else bias.contiguous(),  # numbers that lie like those of tokens; next to keys they are few
         *outputs,
         *strides,
         layout,
-        dim**-0.5 if scale is None else float(scale),
+        max(dim, 1) ** -0.5 if scale is None else float(scale),
         heads,
         head_blocks,
         D=dim,
+        VALUE_D=value_dim,
         TILE_T=tile[0],
         TILE_H=tile[1],
         TILE_W=tile[2],
@@ -118,45 +122,68 @@ def _launch_attention(
     )
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, region: Sequence[int], scale: float | None) -> Tensor:
-    """query `[B, T', H', W', heads, D]`, key and value `[B, T, H, W, heads, D]` -> `[B, T', H', W', heads, D]`."""
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    region: Sequence[int],
+    scale: float | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """query `[B, T', H', W', heads, D]`, key `[B, T, H, W, heads, D]`, value `[B, T, H, W, heads, Dv]`, bias
+    `[B, T, H, W, heads]` -> `[B, T', H', W', heads, Dv]`."""
     from . import point_to_region_attention_kernels as kernels
 
-    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    output = _empty_output(query, value)
     layout = dense_layout(query, key, region)
-    with on_device_of(query):
-        _launch_attention(kernels.forward_kernel, (query, key, value), (output,), key, layout, scale)
+    if output.numel() > 0:
+        with on_device_of(query):
+            _launch_attention(kernels.forward_kernel, (query, key, value), bias, (output,), layout, scale)
     return output
 
 
 def backward(
-    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, region: Sequence[int], scale: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value, of their shapes, from that of the output."""
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    region: Sequence[int],
+    scale: float | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of query, key, value and bias, of their shapes, from that of the output. That of no bias is
+    empty."""
     from . import point_to_region_attention_kernels as kernels
 
-    gradients = _empty_gradients(query, key, value)
+    gradients, outputs = _empty_gradients(query, key, value, bias)
     layout = dense_layout(query, key, region)
     with on_device_of(query):
-        _launch_attention(kernels.backward_kernel, (grad_output, query, key, value), gradients, key, layout, scale)
+        _launch_attention(kernels.backward_kernel, (grad_output, query, key, value), bias, outputs, layout, scale)
     return gradients
 
 
 def packed_forward(
-    query: Tensor, key: Tensor, value: Tensor, grid_thw: Tensor, region: Sequence[int], scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grid_thw: Tensor,
+    region: Sequence[int],
+    scale: float | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """query `[queries, heads, D]`, key and value `[tokens, heads, D]`, grid_thw int `[videos, 3]` -> like query.
+    """query `[queries, heads, D]`, key `[tokens, heads, D]`, value `[tokens, heads, Dv]`, grid_thw int `[videos, 3]`,
+    bias `[tokens, heads]` -> `[queries, heads, Dv]`.
 
     A query past the last video, or whose region lies past the last token, gives zeros.
     """
     from . import point_to_region_attention_kernels as kernels
 
-    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    output = _empty_output(query, value)
     if output.numel() == 0:
         return output
     with on_device_of(query):
         layout = packed_layout(key, len(query), grid_thw, region)
-        _launch_attention(kernels.forward_kernel, (query, key, value), (output,), key, layout, scale)
+        _launch_attention(kernels.forward_kernel, (query, key, value), bias, (output,), layout, scale)
     return output
 
 
@@ -167,9 +194,11 @@ def packed_backward(
     value: Tensor,
     grid_thw: Tensor,
     region: Sequence[int],
-    scale: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value, of their shapes; zeros for queries without keys, tokens without a query.
+    scale: float | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of query, key, value and bias, of their shapes; zeros for queries without keys, tokens without a
+    query. That of no bias is empty.
 
     Whether there are such tokens is known on the device alone. A launch that finds out there and zeroes just those
     costs microseconds; zeroing whole gradients first would write them twice.
@@ -177,25 +206,36 @@ def packed_backward(
     from . import point_to_region_attention_kernels as kernels
     from .regions import zero_uncovered_kernel
 
-    gradients = _empty_gradients(query, key, value)
-    row_size = math.prod(key.shape[1:])
-    if row_size == 0:
+    gradients, outputs = _empty_gradients(query, key, value, bias)
+    row_sizes = [math.prod(gradient.shape[1:]) for gradient in gradients[1:]]
+    if max(row_sizes[:2]) == 0:
         return gradients
     with on_device_of(query):
         layout = packed_layout(key, len(query), grid_thw, region)
-        _launch_attention(kernels.backward_kernel, (grad_output, query, key, value), gradients, key, layout, scale)
+        _launch_attention(kernels.backward_kernel, (grad_output, query, key, value), bias, outputs, layout, scale)
         if layout.tokens > 0:
             launching.launch(
                 zero_uncovered_kernel,
                 (min(-(-layout.tokens // 8), 256),),
-                *gradients[1:],
+                *outputs[1:],
                 layout,
-                row_size,
+                *row_sizes,
                 BLOCK_ROWS=8,
-                BLOCK_COLUMNS=min(256, next_power_of_2(row_size)),
+                BLOCK_COLUMNS=min(256, next_power_of_2(max(row_sizes))),
             )
     return gradients
 
 
-def _empty_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors)
+def _empty_output(query: Tensor, value: Tensor) -> Tensor:
+    return torch.empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device=query.device)
+
+
+def _empty_gradients(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor | None, ...]]:
+    """The gradients, and what a kernel is to write of them."""
+    shapes = (query.shape, key.shape, value.shape, (0,) if bias is None else bias.shape)
+    of_query, of_key, of_value, of_bias = (torch.empty(s, dtype=query.dtype, device=query.device) for s in shapes)
+    if max(query.shape[-1], value.shape[-1]) == 0:
+        of_bias.zero_()  # no kernel will run
+    return (of_query, of_key, of_value, of_bias), (of_query, of_key, of_value, None if bias is None else of_bias)

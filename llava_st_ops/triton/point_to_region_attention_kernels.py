@@ -19,13 +19,21 @@ from .regions import offset_at, place_of_query, program_number, tile_of_region
 
 
 @triton.jit
-def _row(program, head_blocks, heads, D: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The part of a token's row that a program works on, flat: heads, elements of a head, and which of them exist, all
-    `[BLOCK_HEADS * BLOCK_D]`."""
+def _row(
+    program,
+    head_blocks,
+    heads,
+    D: tl.constexpr,
+    VALUE_D: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The part of a token's row that a program works on, flat: heads, elements of a head, and which of them exist in
+    keys and in values, all `[BLOCK_HEADS * BLOCK_D]`."""
     element = tl.arange(0, BLOCK_HEADS * BLOCK_D)
     head = program % head_blocks * BLOCK_HEADS + element // BLOCK_D
     d = element % BLOCK_D
-    return head.to(tl.int64), d.to(tl.int64), (head < heads) & (d < D)
+    return head.to(tl.int64), d.to(tl.int64), (head < heads) & (d < D), (head < heads) & (d < VALUE_D)
 
 
 @triton.jit
@@ -58,10 +66,41 @@ def _load_tile(
 
 
 @triton.jit
-def _scores(q, k, scale, exists):
-    """q `[1, BLOCK_HEADS, BLOCK_D]`, k `[BLOCK_K, BLOCK_HEADS, BLOCK_D]` -> `[BLOCK_K, BLOCK_HEADS]`, -inf where no
-    key exists."""
-    return tl.where(exists[:, None], tl.sum(q * k, axis=2) * scale, float("-inf"))
+def _load_bias(pointer, token, exists, program, head_blocks, heads, BLOCK_HEADS: tl.constexpr):
+    """The contiguous bias of tokens `token`, fp32 `[BLOCK_K, BLOCK_HEADS]`, and which keys take part: those that exist
+    and are not masked by a bias of -inf. Without a bias the latter are `[BLOCK_K, 1]`."""
+    if pointer is None:
+        return 0.0, exists[:, None]
+    else:
+        head = program % head_blocks * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+        mask = exists[:, None] & (head < heads)[None, :]
+        bias = tl.load(pointer + (token * heads)[:, None] + head.to(tl.int64)[None, :], mask=mask, other=0.0)
+        bias = bias.to(tl.float32)
+        return bias, mask & (bias != float("-inf"))
+
+
+@triton.jit
+def _hide_masked(tile, takes_part, bias):
+    """A tile `[BLOCK_K, BLOCK_HEADS, BLOCK_D]` with zeros for masked keys, whatever it holds. Loads do not wait for the
+    bias this way."""
+    return tile if bias is None else tl.where(takes_part[:, :, None], tile, 0.0)
+
+
+@triton.jit
+def _scores(q, k, scale, added, takes_part, bias):
+    """q `[1, BLOCK_HEADS, BLOCK_D]`, k `[BLOCK_K, BLOCK_HEADS, BLOCK_D]` -> `[BLOCK_K, BLOCK_HEADS]`, -inf for what
+    does not take part."""
+    scores = tl.sum(q * k, axis=2) * scale
+    if bias is not None:
+        scores += added
+    return tl.where(takes_part, scores, float("-inf"))
+
+
+@triton.jit
+def _inverse(total, bias):
+    """What normalises weights. Without a bias their sum is zero only where no key exists or all scores are -inf: NaN,
+    as in the reference. With one, all keys may be masked: zeros."""
+    return 1.0 / total if bias is None else tl.where(total == 0.0, 0.0, 1.0 / total)
 
 
 @triton.jit
@@ -76,6 +115,7 @@ def forward_kernel(
     query,
     key,
     value,
+    bias,
     output,
     query_strides,
     key_strides,
@@ -85,6 +125,7 @@ def forward_kernel(
     heads,
     head_blocks,
     D: tl.constexpr,
+    VALUE_D: tl.constexpr,
     TILE_T: tl.constexpr,
     TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
@@ -101,7 +142,7 @@ def forward_kernel(
     index = program // head_blocks
     if WIDE and index >= layout.queries:  # the grid is rounded up
         return
-    head, d, row_mask = _row(program, head_blocks, heads, D, BLOCK_HEADS, BLOCK_D)
+    head, d, row_mask, value_mask = _row(program, head_blocks, heads, D, VALUE_D, BLOCK_HEADS, BLOCK_D)
     place = place_of_query(layout, index, key_strides, value_strides, SINGLE_TILE, WIDE)
     q = _load_query(query, place, head, d, query_strides, row_mask, ALIGNMENT, BLOCK_HEADS, BLOCK_D)
 
@@ -110,13 +151,15 @@ def forward_kernel(
     pooled = tl.zeros([BLOCK_HEADS, BLOCK_D], tl.float32)
     keys = BLOCK_K if SINGLE_TILE else place.size_t * place.size_h * place.size_w
     for start in range(0, keys, BLOCK_K):
-        key_offset, value_offset, _, exists = tile_of_region(
+        key_offset, value_offset, token, exists = tile_of_region(
             layout, place, start, key_strides, value_strides, TILE_T, TILE_H, TILE_W, BLOCK_K, SINGLE_TILE
         )
-        mask = exists[:, None] & row_mask[None, :]
+        mask, v_mask = exists[:, None] & row_mask[None, :], exists[:, None] & value_mask[None, :]
         k = _load_tile(key, key_offset, head, d, key_strides, mask, ALIGNMENT, BLOCK_K, BLOCK_HEADS, BLOCK_D)
-        v = _load_tile(value, value_offset, head, d, value_strides, mask, ALIGNMENT, BLOCK_K, BLOCK_HEADS, BLOCK_D)
-        scores = _scores(q, k, scale, exists)
+        v = _load_tile(value, value_offset, head, d, value_strides, v_mask, ALIGNMENT, BLOCK_K, BLOCK_HEADS, BLOCK_D)
+        added, takes_part = _load_bias(bias, token, exists, program, head_blocks, heads, BLOCK_HEADS)
+        v = _hide_masked(v, takes_part, bias)
+        scores = _scores(q, k, scale, added, takes_part, bias)
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))
         shift = _finite_maximum(new_maximum)
         correction = tl.exp(maximum - shift)
@@ -124,19 +167,32 @@ def forward_kernel(
         total = total * correction + tl.sum(p, axis=0)
         pooled = pooled * correction[:, None] + tl.sum(p[:, :, None] * v, axis=0)
         maximum = new_maximum
-    result = pooled / total[:, None]
+    if bias is None:
+        result = pooled / total[:, None]
+    else:
+        result = tl.where((total == 0.0)[:, None], 0.0, pooled / total[:, None])  # all keys masked
     if layout.grid is None:
         result = tl.where(place.size_t > 0, result, 0.0)  # no keys at all
     result = tl.reshape(result, (BLOCK_HEADS * BLOCK_D,))
-    offsets = (index.to(tl.int64) * heads + head) * D + d
-    tl.store(output + offsets, result.to(output.dtype.element_ty), mask=row_mask)
+    offsets = (index.to(tl.int64) * heads + head) * VALUE_D + d
+    tl.store(output + offsets, result.to(output.dtype.element_ty), mask=value_mask)
 
 
 @triton.jit
-def _score_gradients(p, gv, pooled_gv, scale, exists):
-    """Gradients of the unscaled scores `[BLOCK_K, BLOCK_HEADS]`. The mask keeps 0 * (0 - inf) out of the sum over keys
-    where no key exists."""
-    return tl.where(exists[:, None], p * (gv - pooled_gv[None, :]) * scale, 0.0)
+def _score_gradients(p, gv, pooled_gv, takes_part):
+    """Gradients of the scores `[BLOCK_K, BLOCK_HEADS]`. The mask keeps 0 * (0 - inf) out of the sum over keys where no
+    key exists."""
+    return tl.where(takes_part, p * (gv - pooled_gv[None, :]), 0.0)
+
+
+@triton.jit
+def _store_bias_gradient(pointer, token, score_grad, exists, program, head_blocks, heads, BLOCK_HEADS: tl.constexpr):
+    """Of tokens `token`, contiguous like the bias; where there is one."""
+    if pointer is not None:
+        head = program % head_blocks * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+        offsets = (token * heads)[:, None] + head.to(tl.int64)[None, :]
+        mask = exists[:, None] & (head < heads)[None, :]
+        tl.store(pointer + offsets, score_grad.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -145,6 +201,8 @@ def _store_tile(
     token,
     weight,
     row,
+    takes_part,
+    bias,
     head,
     d,
     heads,
@@ -155,7 +213,8 @@ def _store_tile(
     BLOCK_D: tl.constexpr,
 ):
     """Stores `weight[k, head] * row[0, head, d]` to the rows `token` of a contiguous gradient of key or value."""
-    tile = tl.reshape(weight[:, :, None] * row, (BLOCK_K, BLOCK_HEADS * BLOCK_D))
+    tile = _hide_masked(weight[:, :, None] * row, takes_part, bias)
+    tile = tl.reshape(tile, (BLOCK_K, BLOCK_HEADS * BLOCK_D))
     offsets = (token * heads * D)[:, None] + (head * D + d)[None, :]
     tl.store(pointer + offsets, tile.to(pointer.dtype.element_ty), mask=mask)
 
@@ -166,9 +225,11 @@ def backward_kernel(
     query,
     key,
     value,
+    bias,
     grad_query,
     grad_key,
     grad_value,
+    grad_bias,
     grad_output_strides,
     query_strides,
     key_strides,
@@ -178,6 +239,7 @@ def backward_kernel(
     heads,
     head_blocks,
     D: tl.constexpr,
+    VALUE_D: tl.constexpr,
     TILE_T: tl.constexpr,
     TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
@@ -198,25 +260,33 @@ def backward_kernel(
     index = program // head_blocks
     if WIDE and index >= layout.queries:
         return
-    head, d, row_mask = _row(program, head_blocks, heads, D, BLOCK_HEADS, BLOCK_D)
+    head, d, row_mask, value_mask = _row(program, head_blocks, heads, D, VALUE_D, BLOCK_HEADS, BLOCK_D)
     place = place_of_query(layout, index, key_strides, value_strides, SINGLE_TILE, WIDE)
     q = _load_query(query, place, head, d, query_strides, row_mask, ALIGNMENT, BLOCK_HEADS, BLOCK_D)
-    g = _load_query(grad_output, place, head, d, grad_output_strides, row_mask, ALIGNMENT, BLOCK_HEADS, BLOCK_D)
+    g = _load_query(grad_output, place, head, d, grad_output_strides, value_mask, ALIGNMENT, BLOCK_HEADS, BLOCK_D)
 
     if SINGLE_TILE:
         key_offset, value_offset, token, exists = tile_of_region(
             layout, place, 0, key_strides, value_strides, TILE_T, TILE_H, TILE_W, BLOCK_K, SINGLE_TILE
         )
-        mask = exists[:, None] & row_mask[None, :]
+        mask, v_mask = exists[:, None] & row_mask[None, :], exists[:, None] & value_mask[None, :]
         k = _load_tile(key, key_offset, head, d, key_strides, mask, ALIGNMENT, BLOCK_K, BLOCK_HEADS, BLOCK_D)
-        v = _load_tile(value, value_offset, head, d, value_strides, mask, ALIGNMENT, BLOCK_K, BLOCK_HEADS, BLOCK_D)
-        scores = _scores(q, k, scale, exists)
+        v = _load_tile(value, value_offset, head, d, value_strides, v_mask, ALIGNMENT, BLOCK_K, BLOCK_HEADS, BLOCK_D)
+        added, takes_part = _load_bias(bias, token, exists, program, head_blocks, heads, BLOCK_HEADS)
+        k, v = _hide_masked(k, takes_part, bias), _hide_masked(v, takes_part, bias)
+        scores = _scores(q, k, scale, added, takes_part, bias)
         p = tl.exp(scores - _finite_maximum(tl.max(scores, axis=0))[None, :])
-        p *= (1.0 / tl.sum(p, axis=0))[None, :]
+        p *= _inverse(tl.sum(p, axis=0), bias)[None, :]
         gv = tl.sum(g * v, axis=2)
-        score_grad = _score_gradients(p, gv, tl.sum(p * gv, axis=0), scale, exists)
-        _store_tile(grad_key, token, score_grad, q, head, d, heads, mask, D, BLOCK_K, BLOCK_HEADS, BLOCK_D)
-        _store_tile(grad_value, token, p, g, head, d, heads, mask, D, BLOCK_K, BLOCK_HEADS, BLOCK_D)
+        score_grad = _score_gradients(p, gv, tl.sum(p * gv, axis=0), takes_part)
+        _store_bias_gradient(grad_bias, token, score_grad, exists, program, head_blocks, heads, BLOCK_HEADS)
+        score_grad *= scale
+        _store_tile(
+            grad_key, token, score_grad, q, takes_part, bias, head, d, heads, mask, D, BLOCK_K, BLOCK_HEADS, BLOCK_D
+        )
+        _store_tile(
+            grad_value, token, p, g, takes_part, bias, head, d, heads, v_mask, VALUE_D, BLOCK_K, BLOCK_HEADS, BLOCK_D
+        )
         query_grad = tl.sum(score_grad[:, :, None] * k, axis=0)
     else:
         keys = place.size_t * place.size_h * place.size_w
@@ -227,10 +297,14 @@ def backward_kernel(
             key_offset, value_offset, token, exists = tile_of_region(
                 layout, place, start, key_strides, value_strides, TILE_T, TILE_H, TILE_W, BLOCK_K, SINGLE_TILE
             )
-            mask = exists[:, None] & row_mask[None, :]
+            mask, v_mask = exists[:, None] & row_mask[None, :], exists[:, None] & value_mask[None, :]
             k = _load_tile(key, key_offset, head, d, key_strides, mask, ALIGNMENT, BLOCK_K, BLOCK_HEADS, BLOCK_D)
-            v = _load_tile(value, value_offset, head, d, value_strides, mask, ALIGNMENT, BLOCK_K, BLOCK_HEADS, BLOCK_D)
-            scores = _scores(q, k, scale, exists)
+            v = _load_tile(
+                value, value_offset, head, d, value_strides, v_mask, ALIGNMENT, BLOCK_K, BLOCK_HEADS, BLOCK_D
+            )
+            added, takes_part = _load_bias(bias, token, exists, program, head_blocks, heads, BLOCK_HEADS)
+            k, v = _hide_masked(k, takes_part, bias), _hide_masked(v, takes_part, bias)
+            scores = _scores(q, k, scale, added, takes_part, bias)
             new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))
             shift = _finite_maximum(new_maximum)
             correction = tl.exp(maximum - shift)
@@ -239,21 +313,44 @@ def backward_kernel(
             pooled_gv = pooled_gv * correction + tl.sum(p * tl.sum(g * v, axis=2), axis=0)
             maximum = new_maximum
         shift = _finite_maximum(maximum)
-        inverse_total = 1.0 / total
+        inverse_total = _inverse(total, bias)
         pooled_gv *= inverse_total
         query_grad = tl.zeros([BLOCK_HEADS, BLOCK_D], tl.float32)
         for start in range(0, keys, BLOCK_K):
             key_offset, value_offset, token, exists = tile_of_region(
                 layout, place, start, key_strides, value_strides, TILE_T, TILE_H, TILE_W, BLOCK_K, SINGLE_TILE
             )
-            mask = exists[:, None] & row_mask[None, :]
+            mask, v_mask = exists[:, None] & row_mask[None, :], exists[:, None] & value_mask[None, :]
             k = _load_tile(key, key_offset, head, d, key_strides, mask, ALIGNMENT, BLOCK_K, BLOCK_HEADS, BLOCK_D)
-            v = _load_tile(value, value_offset, head, d, value_strides, mask, ALIGNMENT, BLOCK_K, BLOCK_HEADS, BLOCK_D)
-            p = tl.exp(_scores(q, k, scale, exists) - shift[None, :]) * inverse_total[None, :]
+            v = _load_tile(
+                value, value_offset, head, d, value_strides, v_mask, ALIGNMENT, BLOCK_K, BLOCK_HEADS, BLOCK_D
+            )
+            added, takes_part = _load_bias(bias, token, exists, program, head_blocks, heads, BLOCK_HEADS)
+            k, v = _hide_masked(k, takes_part, bias), _hide_masked(v, takes_part, bias)
+            p = tl.exp(_scores(q, k, scale, added, takes_part, bias) - shift[None, :]) * inverse_total[None, :]
             gv = tl.sum(g * v, axis=2)
-            score_grad = _score_gradients(p, gv, pooled_gv, scale, exists)
-            _store_tile(grad_key, token, score_grad, q, head, d, heads, mask, D, BLOCK_K, BLOCK_HEADS, BLOCK_D)
-            _store_tile(grad_value, token, p, g, head, d, heads, mask, D, BLOCK_K, BLOCK_HEADS, BLOCK_D)
+            score_grad = _score_gradients(p, gv, pooled_gv, takes_part)
+            _store_bias_gradient(grad_bias, token, score_grad, exists, program, head_blocks, heads, BLOCK_HEADS)
+            score_grad *= scale
+            _store_tile(
+                grad_key, token, score_grad, q, takes_part, bias, head, d, heads, mask, D, BLOCK_K, BLOCK_HEADS, BLOCK_D
+            )
+            _store_tile(
+                grad_value,
+                token,
+                p,
+                g,
+                takes_part,
+                bias,
+                head,
+                d,
+                heads,
+                v_mask,
+                VALUE_D,
+                BLOCK_K,
+                BLOCK_HEADS,
+                BLOCK_D,
+            )
             query_grad += tl.sum(score_grad[:, :, None] * k, axis=0)
     if layout.grid is None:
         query_grad = tl.where(place.size_t > 0, query_grad, 0.0)  # no keys at all

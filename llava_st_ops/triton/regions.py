@@ -270,11 +270,29 @@ def tile_of_region(
     return key_offset, value_offset, token, exists
 
 
+@triton.jit
+def _zero_rows(pointer, token, mask, row_size, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    for column in range(0, row_size, BLOCK_COLUMNS):
+        columns = column + tl.arange(0, BLOCK_COLUMNS)
+        zeros = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], pointer.dtype.element_ty)
+        offsets = token[:, None] * row_size + columns[None, :]
+        tl.store(pointer + offsets, zeros, mask=mask[:, None] & (columns < row_size)[None, :])
+
+
 @triton.jit(do_not_specialize=["layout"])
 def zero_uncovered_kernel(
-    grad_key, grad_value, layout, row_size, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+    grad_key,
+    grad_value,
+    grad_bias,
+    layout,
+    key_row,
+    value_row,
+    bias_row,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Zeros the gradients `[tokens, row_size]` of the tokens that no query attends to, and touches no others.
+    """Zeros the gradients `[tokens, .._row]` of the tokens that no query attends to, and touches no others. Where there
+    is no bias, `grad_bias` is None.
 
     Those are the tokens past the last video, and those of regions past the last query. How many there are is known on
     the device alone, so the programs share them in strides; with correct grids there are none.
@@ -301,10 +319,7 @@ def zero_uncovered_kernel(
         at_t, at_h, at_w = at // hw // layout.region[0], at % hw // w // layout.region[1], at % w // layout.region[2]
         query = video_query + (at_t * regions_h + at_h) * regions_w + at_w
         uncovered = (token < layout.tokens) & ((token >= video_end) | (query >= layout.queries))
-        for column in range(0, row_size, BLOCK_COLUMNS):
-            columns = column + tl.arange(0, BLOCK_COLUMNS)
-            offsets = token[:, None] * row_size + columns[None, :]
-            mask = uncovered[:, None] & (columns < row_size)[None, :]
-            zeros = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], grad_key.dtype.element_ty)
-            tl.store(grad_key + offsets, zeros, mask=mask)
-            tl.store(grad_value + offsets, zeros, mask=mask)
+        _zero_rows(grad_key, token, uncovered, key_row, BLOCK_ROWS, BLOCK_COLUMNS)
+        _zero_rows(grad_value, token, uncovered, value_row, BLOCK_ROWS, BLOCK_COLUMNS)
+        if grad_bias is not None:
+            _zero_rows(grad_bias, token, uncovered, bias_row, BLOCK_ROWS, BLOCK_COLUMNS)

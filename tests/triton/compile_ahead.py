@@ -36,9 +36,13 @@ CASES = {
     "odd rows": Case(1, (10, 27, 27), (1, 3, 3), 8, 72),
     "one of everything": Case(1, (1, 1, 1), (1, 1, 1), 1, 1),
     "wide": Case(2, (3, 7, 5), (2, 3, 3), 3, 256),
+    "widest": Case(1, (10, 24, 24), (1, 2, 2), 1, 1152),
+    "biased": Case(1, (10, 27, 27), (1, 3, 3), 8, 128, biased=True),
+    "biased, many tiles": Case(1, (10, 27, 27), (10, 27, 27), 8, 128, biased=True),
+    "values of another width": Case(1, (10, 27, 27), (1, 3, 3), 8, 64, 128),
 }
 DTYPES = {"spatial": (torch.bfloat16, torch.float16, torch.float32), "wide": (torch.float32,)}
-PACKED = ("spatial", "many tiles", "one of everything")
+PACKED = ("spatial", "many tiles", "one of everything", "biased")
 
 
 class Positions(NamedTuple):
@@ -166,16 +170,20 @@ def main(capability: int) -> None:
         propagation.propagate_to_neighbors(torch.empty(100, 3584, dtype=dtype))
     for name, case in CASES.items():
         for dtype in DTYPES.get(name, (torch.bfloat16,)):
-            query, key = (torch.empty(shape, dtype=dtype) for shape in (case.query_shape, case.key_shape))
+            shapes = (case.query_shape, case.key_shape, case.value_shape, case.output_shape)
+            query, key, value, grad_output = (torch.empty(shape, dtype=dtype) for shape in shapes)
+            bias = torch.empty(case.key_shape[:-1], dtype=dtype) if case.biased else None
             form = "dense"
-            launcher.forward(query, key, key, case.region, None)
-            launcher.backward(query, query, key, key, case.region, None)
+            launcher.forward(query, key, value, case.region, None, bias)
+            launcher.backward(grad_output, query, key, value, case.region, None, bias)
             if name not in PACKED or dtype != torch.bfloat16:
                 continue
             form = "packed"
-            query, key, grid_thw = query.flatten(0, 3), key.flatten(0, 3), torch.tensor([case.grid] * case.batch)
-            launcher.packed_forward(query, key, key, grid_thw, case.region, None)
-            launcher.packed_backward(query, query, key, key, grid_thw, case.region, None)
+            query, key, value, grad_output = (x.flatten(0, 3) for x in (query, key, value, grad_output))
+            bias = None if bias is None else bias.flatten(0, 3)
+            grid_thw = torch.tensor([case.grid] * case.batch)
+            launcher.packed_forward(query, key, value, grid_thw, case.region, None, bias)
+            launcher.packed_backward(grad_output, query, key, value, grid_thw, case.region, None, bias)
     form = None
     for name, sizes in POSITIONS.items():
         for dtype in (torch.bfloat16, torch.float32) if name == "paper" else (torch.bfloat16,):

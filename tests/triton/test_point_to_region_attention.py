@@ -30,33 +30,34 @@ from tests.triton.comparing import (
 )
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("output", "gradient of query", "gradient of key", "gradient of value")
+NAMES = ("output", "gradient of query", "gradient of key", "gradient of value", "gradient of bias")
 pytestmark = ignores_numpy_warnings
 
 
-def check_dense(kernels, query, key, value, region, scale=None, grad_output=None):
-    g = random_like(query.shape, query.dtype, query.device) if grad_output is None else grad_output
+def check_dense(kernels, query, key, value, region, scale=None, grad_output=None, bias=None):
+    shape = (*query.shape[:-1], value.shape[-1])
+    g = random_like(shape, query.dtype, query.device) if grad_output is None else grad_output
 
-    def by_reference(*tensors):
-        q, k, v, g = tensors
-        output = reference.point_to_region_attention(q, k, v, region, scale)
-        return output, *reference.point_to_region_attention_backward(g, q, k, v, region, scale)
+    def by_reference(g, q, k, v, *bias):
+        output = reference.point_to_region_attention(q, k, v, region, scale, *bias)
+        return output, *reference.point_to_region_attention_backward(g, q, k, v, region, scale, *bias)
 
     actual = (
-        kernels.forward(query, key, value, region, scale),
-        *kernels.backward(g, query, key, value, region, scale),
+        kernels.forward(query, key, value, region, scale, bias),
+        *kernels.backward(g, query, key, value, region, scale, bias),
     )
-    tensors = (query, key, value, g)
+    tensors = (g, query, key, value, *([] if bias is None else [bias]))
     assert_all_close(actual, by_reference(*(t.double() for t in tensors)), by_reference(*tensors), NAMES)
 
 
-def packed_oracle(query, key, value, grid_thw, region, grad_output):
+def packed_oracle(query, key, value, grid_thw, region, grad_output, bias=None):
     """Output and gradients of the packed form for grids of any content, one query and one head at a time.
 
     Queries without keys, and keys without a query, take part in nothing.
     """
-    tensors = [x.detach().clone().requires_grad_() for x in (query, key, value)]
-    q, k, v = tensors
+    added = torch.zeros_like(key[..., 0]) if bias is None else bias
+    tensors = [x.detach().clone().requires_grad_() for x in (query, key, value, added)]
+    q, k, v, added = tensors
     rows, first_query, first_token = [], 0, 0
     for grid in grid_thw.clamp(min=0).tolist():
         counts = [-(-size // step) for size, step in zip(grid, region, strict=True)]
@@ -69,35 +70,43 @@ def packed_oracle(query, key, value, grid_thw, region, grad_output):
             tokens = [t for t in (first_token + sum(offsets) for offsets in itertools.product(*axes)) if t < len(k)]
             if tokens:
                 scores = torch.einsum("hd,khd->kh", q[first_query + number], k[tokens]) * q.shape[-1] ** -0.5
+                scores = scores + added[tokens]
                 rows.append((first_query + number, torch.einsum("kh,khd->hd", scores.softmax(0), v[tokens])))
         first_query = min(first_query + math.prod(counts), len(q))
         first_token += math.prod(grid)
-    output = torch.zeros_like(query)
+    output = query.new_zeros(*query.shape[:-1], value.shape[-1])
+    no_bias = [query.new_empty(0)] if bias is None else []
+    count = 3 if bias is None else 4
     if not rows:
-        return output, *(torch.zeros_like(x) for x in tensors)
+        return output, *(torch.zeros_like(x) for x in tensors[:count]), *no_bias
     output = output.index_put(
         (torch.tensor([i for i, _ in rows], device=query.device),), torch.stack([r for _, r in rows])
     )
-    return output.detach(), *torch.autograd.grad(output, tensors, grad_output)
+    return output.detach(), *torch.autograd.grad(output, tensors[:count], grad_output), *no_bias
 
 
-def check_packed(kernels, queries, tokens, grid_thw, region, heads=2, dim=8, dtype=F32, by=None):
+def check_packed(
+    kernels, queries, tokens, grid_thw, region, heads=2, dim=8, dtype=F32, by=None, value_dim=None, biased=False
+):
     """`by` computes what is expected; by default the reference, which wants grids that add up."""
     device = grid_thw.device
-    query, g = (random_like((queries, heads, dim), dtype, device, seed) for seed in (2, 3))
-    key, value = (random_like((tokens, heads, dim), dtype, device, seed) for seed in (4, 5))
+    value_dim = value_dim or dim
+    query, g = (random_like((queries, heads, d), dtype, device, seed) for d, seed in ((dim, 2), (value_dim, 3)))
+    key, value = (random_like((tokens, heads, d), dtype, device, seed) for d, seed in ((dim, 4), (value_dim, 5)))
+    bias = random_like((tokens, heads), dtype, device, 6) if biased else None
 
-    def by_reference(q, k, v, grid_thw, region, g):
-        output = reference.point_to_region_attention_packed(q, k, v, grid_thw, region)
-        return output, *reference.point_to_region_attention_packed_backward(g, q, k, v, grid_thw, region)
+    def by_reference(q, k, v, grid_thw, region, g, bias):
+        output = reference.point_to_region_attention_packed(q, k, v, grid_thw, region, None, bias)
+        return output, *reference.point_to_region_attention_packed_backward(g, q, k, v, grid_thw, region, None, bias)
 
     by = by or by_reference
     actual = (
-        kernels.packed_forward(query, key, value, grid_thw, region, None),
-        *kernels.packed_backward(g, query, key, value, grid_thw, region, None),
+        kernels.packed_forward(query, key, value, grid_thw, region, None, bias),
+        *kernels.packed_backward(g, query, key, value, grid_thw, region, None, bias),
     )
-    exact = by(query.double(), key.double(), value.double(), grid_thw, region, g.double())
-    assert_all_close(actual, exact, by(query, key, value, grid_thw, region, g), NAMES)
+    doubles = [None if x is None else x.double() for x in (query, key, value, g, bias)]
+    exact = by(*doubles[:3], grid_thw, region, *doubles[3:])
+    assert_all_close(actual, exact, by(query, key, value, grid_thw, region, g, bias), NAMES)
 
 
 def totals(grid_thw, region):
@@ -132,6 +141,49 @@ def test_head_dims(kernels, device, dim, dtype):
 )
 def test_regions(kernels, device, case, dtype):
     check_dense(kernels, *case.inputs(dtype, device), case.region)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2, (1, 4, 6), (1, 3, 3), 3, 16, biased=True),
+        Case(1, (7, 6, 5), (5, 6, 5), 2, 16, 5, biased=True),  # two tiles
+        Case(1, (3, 4, 3), (2, 2, 2), 5, 7, 40, biased=True),
+        Case(1, (2, 3, 4), (1, 2, 2), 2, 64, 16),
+        Case(1, (3, 2, 4), (3, 2, 2), 2, 5, 24),
+        Case(1, (1, 3, 6), (1, 3, 3), 2, 1152, biased=True),  # tiles of four keys
+        Case(1, (1, 2, 3), (1, 2, 2), 1, 16, 1151),
+        Case(1, (1, 3, 3), (1, 3, 3), 2, 0, 8, biased=True),  # scores are biases
+        Case(1, (1, 3, 3), (1, 3, 3), 2, 8, 0, biased=True),
+    ],
+    ids=str,
+)
+def test_biases_and_widths_of_values(kernels, device, case, dtype):
+    query, key, value, *bias = case.inputs(dtype, device)
+    check_dense(kernels, query, key, value, case.region, bias=bias[0] if bias else None)
+
+
+@pytest.mark.parametrize("region", [(1, 3, 3), (5, 6, 5)], ids=["one tile", "many tiles"])
+def test_masked_keys_may_hold_anything(kernels, device, region):
+    """So may queries without any other key, and the gradients of their outputs."""
+    case = Case(1, (5, 6, 5), region, 2, 16, 8, biased=True)
+    query, key, value, bias = case.inputs(F32, device)
+    masked = (bias == -math.inf).unsqueeze(-1)
+    key, value = key.masked_fill(masked, math.nan), value.masked_fill(masked, math.inf)
+    g = random_like(case.output_shape, F32, device)
+    query[0, 0, 0, 0, 0] = g[0, 0, 0, 0, 0] = math.nan
+    check_dense(kernels, query, key, value, region, bias=bias, grad_output=g)
+    assert all(torch.isfinite(x).all() for x in kernels.backward(g, query, key, value, region, None, bias))
+
+
+def test_strided_bias(kernels, device):
+    case = Case(2, (2, 3, 4), (1, 2, 3), 3, 8, biased=True)
+    query, key, value, bias = case.inputs(F16, device)
+    check_dense(
+        kernels, query, key, value, case.region, bias=bias.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)
+    )
+    check_dense(kernels, query, key, value, case.region, bias=bias[..., 2:].expand_as(bias))
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.7, 3])
@@ -169,10 +221,12 @@ def test_expanded_gradient(kernels, device):
 
 @pytest.mark.parametrize("case", EMPTY_CASES, ids=str)
 def test_empty(kernels, device, case):
-    query, key, value = case.inputs(F32, device)
-    assert kernels.forward(query, key, value, case.region, None).shape == query.shape
-    grads = kernels.backward(query, query, key, value, case.region, None)
-    assert [grad.shape for grad in grads] == [query.shape, key.shape, value.shape]
+    query, key, value, *bias = case.inputs(F32, device)
+    output = kernels.forward(query, key, value, case.region, None, *bias)
+    assert output.shape == case.output_shape
+    grads = kernels.backward(output, query, key, value, case.region, None, *bias)
+    assert [grad.shape for grad in grads] == [x.shape for x in (query, key, value, *(bias or [torch.empty(0)]))]
+    assert not any(grad.any() for grad in grads)
 
 
 @pytest.mark.parametrize("region", [(1, 3, 3), (1, 14, 14)], ids=["one tile", "many tiles"])
@@ -228,6 +282,12 @@ def test_packed(kernels, device, region, dtype):
 def test_packed_many_tiles(kernels, device):
     grid_thw = torch.tensor([(2, 4, 6), (1, 0, 3), (3, 13, 13), (1, 5, 40)], device=device)
     check_packed(kernels, *totals(grid_thw, (2, 13, 13)), grid_thw, (2, 13, 13))
+
+
+@pytest.mark.parametrize("region", [(1, 3, 3), (2, 13, 13)], ids=["one tile", "many tiles"])
+def test_packed_biases_and_widths_of_values(kernels, device, region):
+    grid_thw = torch.tensor([*PACKED_GRIDS, (2, 12, 3)], device=device)
+    check_packed(kernels, *totals(grid_thw, region), grid_thw, region, heads=3, dim=8, value_dim=5, biased=True)
 
 
 @pytest.mark.parametrize("dim", [7, 40, 128])
@@ -291,6 +351,9 @@ def test_packed_grids_that_do_not_add_up(kernels, device, grids, tokens, region)
 def test_packed_tokens_without_a_query(kernels, device, queries):
     grid_thw = torch.tensor([(1, 2, 3), (0, 1, 1), (2, 3, 3), (1, 1, 2)], device=device)
     check_packed(kernels, queries, 29, grid_thw, (1, 2, 2), by=packed_oracle, dtype=F16)
+    check_packed(
+        kernels, queries, 29, grid_thw, (1, 2, 2), by=packed_oracle, dtype=F16, heads=3, value_dim=300, biased=True
+    )
 
 
 def test_repeats_bit_by_bit(kernels, device):
