@@ -119,7 +119,7 @@ def parse_sass(lines: Iterable[str]) -> dict[str, Code]:
 
 def readable(name: str) -> str:
     """A demangled name without namespaces, and with words for the numbers of a layout (layout.cuh)."""
-    name = re.sub(r"\b(?:\w+::)+", "", name).replace("> >", ">>")
+    name = re.sub(r"> (?=>)", ">", re.sub(r"\b(?:\w+::)+", "", name))
     name = re.sub(r"^\w+ (?=\w)", "", name)  # what it returns
     return re.sub(
         r"Layout<(\w+), (\d+), (\d+), (\d+), (\d+), (true|false)>",

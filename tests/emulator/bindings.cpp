@@ -40,21 +40,22 @@ std::vector<float> run_zoo(const std::vector<float>& numbers, int64_t blocks) {
   return {to, to + zoo::kResults};
 }
 
-/// The kernel that a problem would run, as "elements lanes vectors steps many".
+/// The kernel that a problem would run, as "elements lanes vectors steps many", extended or not.
 template <class T>
-std::string layout_text(int head_dim, bool vectors, int64_t keys) {
+std::string layout_text(const RowShape& rows, int64_t keys) {
   std::string text;
-  with_layout<T>(head_dim, vectors, keys, [&](auto layout) {
+  with_layout<T>(rows, keys, [&](auto layout) {
     using L = decltype(layout);
     for (const int number : {L::ELEMENTS, L::LANES, L::VECTORS, L::STEPS}) text += std::to_string(number) + ' ';
     text += L::MANY ? "many" : "few";
+    text += L::EXTENDED ? " extended" : "";
   });
   return text;
 }
 
-std::string layout(const std::string& dtype, int head_dim, bool vectors, int64_t keys) {
-  return dtype == "torch.float32" ? layout_text<float>(head_dim, vectors, keys)
-                                  : layout_text<BFloat16>(head_dim, vectors, keys);
+std::string layout(const std::string& dtype, int head_dim, bool vectors, int64_t keys, int value_dim, bool biased) {
+  const RowShape rows = {head_dim, value_dim, vectors, biased};
+  return dtype == "torch.float32" ? layout_text<float>(rows, keys) : layout_text<BFloat16>(rows, keys);
 }
 
 std::vector<int64_t> quotients(int64_t divisor, const std::vector<int64_t>& numbers) {

@@ -20,6 +20,7 @@ from tests.attention_cases import (
     dense_reference,
     gradients,
     packed_reference,
+    random_bias,
 )
 from tests.emulator.backend import DTYPES, NAMESPACE, emulated, launched
 from tests.emulator.build import load
@@ -30,22 +31,35 @@ NAN = math.nan
 # One case for every width of rows that has a layout of its own, and for rows of single elements.
 WIDTHS = [Case(1, (2, 4, 5), (1, 3, 3), 2, dim) for dim in (1, 3, 8, 32, 40, 64, 72, 128, 160, 256)]
 MANY_CHUNKS = [Case(1, (5, 4, 6), (5, 3, 3), 2, dim) for dim in (3, 32, 64, 128, 160, 256)]
+# The same for kernels that know of biases and of values of another width; wide rows have no others.
+EXTENDED = [Case(1, (2, 4, 5), (1, 3, 3), 2, dim, biased=True) for dim in (3, 32, 64, 128, 160, 256, 259, 512, 1152)]
+EXTENDED += [Case(1, (5, 4, 6), (5, 3, 3), 2, dim, biased=True) for dim in (3, 32, 64, 128, 160, 256)]
+EXTENDED += [Case(1, (2, 4, 5), (2, 2, 3), 2, *dims) for dims in ((24, 64), (72, 8), (8, 7), (16, 1152), (520, 40))]
 
 
 def attention(region, scale=None, grid_thw=None):
     """A function of query, key and value."""
     ops = getattr(torch.ops, NAMESPACE)
     if grid_thw is None:
-        return lambda *tensors: ops.point_to_region_attention(*tensors, list(region), scale)
-    return lambda *tensors: ops.point_to_region_attention_packed(*tensors, grid_thw, list(region), scale)
+        return lambda q, k, v, *bias: ops.point_to_region_attention(q, k, v, list(region), scale, *bias)
+    return lambda q, k, v, *bias: ops.point_to_region_attention_packed(q, k, v, grid_thw, list(region), scale, *bias)
+
+
+def layout(dtype, dim, vectors, keys, value_dim=None, biased=False) -> str:
+    """The layout of a problem, as `layouts` tells it."""
+    return load().layout(str(dtype), dim, vectors, keys, dim if value_dim is None else value_dim, biased)
 
 
 def layouts(names) -> set[str]:
-    """Of the attention kernels among them: elements, lanes, vectors and steps, and whether a chunk holds all keys."""
-    found = [
-        re.search(r"attention_\w+<.*Layout<[\w:]+, (\d+), (\d+), (\d+), (\d+), (true|false)>", name) for name in names
-    ]
-    return {" ".join([*match.groups()[:4], "many" if match[5] == "true" else "few"]) for match in found if match}
+    """Of the attention kernels among them: elements, lanes, vectors and steps, whether a chunk holds all keys, and
+    whether there may be a bias."""
+    pattern = r"attention_\w+<(.*)Layout<[\w:]+, (\d+), (\d+), (\d+), (\d+), (true|false)>"
+    found = [match for name in names if (match := re.search(pattern, name))]
+    return {
+        " ".join([*match.groups()[1:5], "many" if match[6] == "true" else "few"])
+        + (" extended" if "Extended" in match[1] else "")
+        for match in found
+    }
 
 
 def check_dense(case: Case, dtype: torch.dtype, scale: float | None = None, seed: int = 0) -> None:
@@ -54,9 +68,12 @@ def check_dense(case: Case, dtype: torch.dtype, scale: float | None = None, seed
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [*WIDTHS, *MANY_CHUNKS], ids=str)
+@pytest.mark.parametrize("case", [*WIDTHS, *MANY_CHUNKS, *EXTENDED], ids=str)
 def test_every_layout(case, dtype):
-    check_dense(case, dtype)
+    with launched() as names:
+        check_dense(case, dtype)
+    most_keys = math.prod(map(min, case.region, case.grid))
+    assert layouts(names) == {layout(dtype, case.dim, True, most_keys, case.value_dim, case.biased)}
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.3, 2.0])
@@ -113,7 +130,7 @@ def test_views_into_nan(dtype, at, spare, vectors, region):
     assert vectors == all(x.data_ptr() % 16 == 0 and not any(s % elements for s in x.stride()[:-1]) for x in inputs)
     with launched() as names:
         assert_matches_reference(attention(region), dense_reference(region), inputs)
-    assert layouts(names) == {load().layout(str(dtype), 24, vectors, math.prod(region))}
+    assert layouts(names) == {layout(dtype, 24, vectors, math.prod(region))}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -126,7 +143,7 @@ def test_sizes_of_one_have_no_stride(dtype):
     ]
     with launched() as names:
         assert_matches_reference(attention(case.region), dense_reference(case.region), inputs)
-    assert layouts(names) == {load().layout(str(dtype), 24, True, 9)}
+    assert layouts(names) == {layout(dtype, 24, True, 9)}
 
 
 @pytest.mark.parametrize("axis", range(5))
@@ -263,7 +280,20 @@ def test_packed_videos_and_regions_of_all_forms(region, grids, on_device):
     most_keys = min(keys, math.prod(map(min, region, longest)))
     with emulated(tensors_on_device=on_device), launched() as names:
         assert_matches_reference(attention(region, grid_thw=grid_thw), packed_reference(grid_thw, region), inputs)
-    assert layouts(names) == {load().layout("torch.float32", 24, True, most_keys)}
+    assert layouts(names) == {layout(torch.float32, 24, True, most_keys)}
+
+
+@pytest.mark.parametrize("on_device", [True, False], ids=["device", "host"])
+@pytest.mark.parametrize("dims", [(24, 24), (8, 40), (7, 3), (300, 16)], ids=str)
+def test_packed_biases_and_widths_of_values(dims, on_device):
+    region = (1, 3, 3)
+    keys, queries = tokens_and_regions(PACKED[1], region)
+    query, key, value = packed_inputs(queries, keys, 2, max(dims), torch.float32)
+    bias = random_bias((keys, 2), torch.Generator().manual_seed(1))
+    inputs = [query[..., : dims[0]], key[..., : dims[0]], value[..., : dims[1]], bias]
+    grid_thw = torch.tensor(PACKED[1])
+    with emulated(tensors_on_device=on_device):
+        assert_matches_reference(attention(region, grid_thw=grid_thw), packed_reference(grid_thw, region), inputs)
 
 
 def test_packed_more_videos_than_threads():
@@ -286,7 +316,8 @@ def test_packed_without_videos():
 def lenient_reference(grid_thw: torch.Tensor, region):
     """What grids that do not add up mean: tokens that do not exist are passed over, queries without any get zeros."""
 
-    def function(query, key, value):
+    def function(query, key, value, bias=None):
+        bias = torch.zeros_like(key[..., 0]) if bias is None else bias
         keys_of_query: list[list[int]] = []
         first = 0
         for grid in grid_thw.clamp(min=0).tolist():
@@ -299,13 +330,14 @@ def lenient_reference(grid_thw: torch.Tensor, region):
         rows = []
         for i in range(len(query)):
             keys = keys_of_query[i] if i < len(keys_of_query) else []
-            scores = torch.einsum("hd,khd->kh", query[i], key[keys]) / math.sqrt(query.shape[-1])
+            scores = torch.einsum("hd,khd->kh", query[i], key[keys]) / math.sqrt(query.shape[-1]) + bias[keys]
             rows.append(torch.einsum("kh,khd->hd", scores.softmax(0), value[keys]))
-        return torch.stack(rows) + 0 * (query.sum() + key.sum() + value.sum())
+        return torch.stack(rows) + 0 * (query.sum() + key.sum() + value.sum() + bias.sum())
 
     return function
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dim", [8, 3])
 @pytest.mark.parametrize(
     ("grids", "keys", "queries"),
@@ -321,12 +353,14 @@ def lenient_reference(grid_thw: torch.Tensor, region):
         pytest.param([(1, 7, 3), (1, 2, 2)], 25, 2, id="a tall video, fewer queries than regions"),
     ],
 )
-def test_packed_grids_that_do_not_add_up(grids, keys, queries, dim):
+def test_packed_grids_that_do_not_add_up(grids, keys, queries, dim, biased):
     """Nothing reads the grids back from the GPU, so kernels must make do with any."""
     region = (1, 2, 2) if dim == 8 else (2, 3, 3)
     inputs = [in_nan(x, 0, 8) for x in packed_inputs(queries, keys, 2, dim, torch.float32)]
+    if biased:  # and values that are more than a block's threads wide
+        inputs[2:] = [in_nan(torch.randn(keys, 2, 100), 0, 8), in_nan(torch.randn(keys, 2), 0, 8)]
     grid_thw = torch.tensor(grids)
-    grad_output = torch.randn(queries, 2, dim)
+    grad_output = torch.randn(queries, 2, inputs[2].shape[-1])
     output, grads = gradients(attention(region, grid_thw=grid_thw), inputs, grad_output)
     expected, expected_grads = gradients(lenient_reference(grid_thw, region), inputs, grad_output)
     torch.testing.assert_close(output, expected)
@@ -365,7 +399,7 @@ def test_packed_grids_that_make_no_sense(huge, sensible, region):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "dim", "vectors", "keys", "layout"),
+    ("dtype", "dim", "vectors", "keys", "expected"),
     [
         (torch.bfloat16, 64, True, 9, "8 8 1 3 few"),
         (torch.bfloat16, 128, True, 9, "8 16 1 5 few"),
@@ -375,12 +409,33 @@ def test_packed_grids_that_make_no_sense(huge, sensible, region):
         (torch.float32, 256, True, 10, "4 32 2 9 many"),
         (torch.float16, 128, False, 2, "1 32 8 3 few"),
         (torch.float32, 130, True, 9, "1 32 8 3 many"),
+        (torch.float32, 260, True, 9, "4 32 9 1 many extended"),
+        (torch.bfloat16, 1152, True, 1, "8 32 5 1 many extended"),
+        (torch.float32, 257, True, 9, "1 32 36 1 many extended"),
     ],
     ids=str,
 )
-def test_layout(dtype, dim, vectors, keys, layout):
+def test_layout(dtype, dim, vectors, keys, expected):
     """Elements per load, lanes per row, loads per lane, keys per lane and chunk, and whether one chunk will do."""
-    assert load().layout(str(dtype), dim, vectors, keys) == layout
+    assert layout(dtype, dim, vectors, keys) == expected
+    if "extended" not in expected:
+        assert layout(dtype, dim, vectors, keys, biased=True) == f"{expected} extended"
+
+
+@pytest.mark.parametrize(
+    ("dims", "expected"),
+    [
+        ((24, 64), "8 8 1 3 few extended"),
+        ((128, 8), "8 16 1 5 few extended"),
+        ((8, 4), "1 32 8 3 many extended"),
+        ((4, 8), "1 32 8 3 many extended"),
+        ((8, 264), "8 32 5 1 many extended"),
+        ((264, 257), "1 32 36 1 many extended"),
+    ],
+    ids=str,
+)
+def test_layout_of_values_of_another_width(dims, expected):
+    assert layout(torch.bfloat16, dims[0], True, 9, dims[1]) == expected
 
 
 @settings(deadline=None)

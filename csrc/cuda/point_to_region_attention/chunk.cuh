@@ -9,6 +9,15 @@ namespace llava_st::cuda {
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 
+/// The lanes over rows of queries and keys, and over those of values and outputs.
+template <class L>
+struct Lanes {
+  Lane<L> key, value;
+
+  LLAVA_ST_DEVICE explicit Lanes(const AttentionProblem& problem)
+      : key(problem.head_dim), value(L::EXTENDED ? problem.value_dim : problem.head_dim) {}
+};
+
 /// The keys and values of one region.
 template <class L>
 struct RegionKeys {
@@ -17,11 +26,18 @@ struct RegionKeys {
   const Site& site;
   Places places;
   RegionRows<const T> key, value;
+  const Operand<const T>& bias;
 
   LLAVA_ST_DEVICE RegionKeys(const AttentionProblem& problem, const Site& site, const Operand<const T>& key,
-                             const Operand<const T>& value)
-      : problem(problem), site(site), places(site.region.size), key(problem, site, key), value(problem, site, value) {}
+                             const Operand<const T>& value, const Operand<const T>& bias)
+      : problem(problem),
+        site(site),
+        places(site.region.size),
+        key(problem, site, key),
+        value(problem, site, value),
+        bias(bias) {}
 
+  LLAVA_ST_DEVICE bool biased() const { return L::EXTENDED && bias.data != nullptr; }
   LLAVA_ST_DEVICE int64_t count() const { return places.count; }
 
   LLAVA_ST_DEVICE Place place(int64_t i) const { return places.at<!L::MANY>(i); }
@@ -30,10 +46,13 @@ struct RegionKeys {
 template <class L>
 struct Chunk {
   RowPackets<L> key[L::STEPS], value[L::STEPS];
-  bool exists[L::STEPS];
+  bool exists[L::STEPS];  // and is not masked
+  bool masked[L::STEPS];  // of extended layouts, like the bias
+  float bias[L::STEPS];
 
   /// Starts all loads of the chunk that begins with key number `begin`.
-  LLAVA_ST_DEVICE void load(const RegionKeys<L>& keys, const Lane<L>& lane, int64_t begin) {
+  LLAVA_ST_DEVICE void load(const RegionKeys<L>& keys, const Lanes<L>& lanes, int64_t begin) {
+    const Lane<L>& lane = lanes.key;
     const int64_t left = keys.count() - begin;
     LLAVA_ST_UNROLL
     for (int step = 0; step < L::STEPS; ++step) exists[step] = step * L::GROUPS + lane.group < left;
@@ -43,11 +62,30 @@ struct Chunk {
         exists[step] = exists[step] && keys.site.key_exists(keys.problem, keys.place(number(lane, begin, step)));
       }
     }
+    if constexpr (L::EXTENDED) load_bias(keys, lane, begin);
     LLAVA_ST_UNROLL
     for (int step = 0; step < L::STEPS; ++step) {
       const Place place = keys.place(number(lane, begin, step));
       key[step] = load_row<L>(keys.key.at(place), lane, exists[step]);
-      value[step] = load_row<L>(keys.value.at(place), lane, exists[step]);
+      value[step] = load_row<L>(keys.value.at(place), lanes.value, exists[step]);
+    }
+  }
+
+  /// Reads the bias, and takes masked keys for such as do not exist: whatever they hold, they take no part.
+  LLAVA_ST_DEVICE void load_bias(const RegionKeys<L>& keys, const Lane<L>& lane, int64_t begin) {
+    LLAVA_ST_UNROLL
+    for (int step = 0; step < L::STEPS; ++step) bias[step] = 0.0f;
+    if (keys.biased()) {
+      const RegionRows<const typename L::Element> rows(keys.problem, keys.site, keys.bias);
+      LLAVA_ST_UNROLL
+      for (int step = 0; step < L::STEPS; ++step) {
+        bias[step] = float_of(load_once(rows.at(keys.place(number(lane, begin, step))), exists[step]));
+      }
+    }
+    LLAVA_ST_UNROLL
+    for (int step = 0; step < L::STEPS; ++step) {
+      masked[step] = exists[step] && bias[step] == -INFINITY;
+      exists[step] = exists[step] && !masked[step];
     }
   }
 
@@ -60,7 +98,8 @@ struct Chunk {
   LLAVA_ST_DEVICE void score(const RowFloats<L>& query, float (&scores)[L::STEPS]) const {
     LLAVA_ST_UNROLL
     for (int step = 0; step < L::STEPS; ++step) {
-      const float score = query.dot(key[step]);
+      float score = query.dot(key[step]);
+      if constexpr (L::EXTENDED) score += bias[step] * kLog2E;
       scores[step] = exists[step] ? score : -INFINITY;
     }
   }

@@ -44,16 +44,17 @@ Problem dense_batch(int64_t samples, Extent grid, Extent region, int64_t heads) 
 }
 
 inline AttentionProblem dense_problem(int64_t samples, Extent grid, Extent region, int64_t heads, int64_t head_dim,
-                                      double scale) {
+                                      int64_t value_dim, double scale) {
   auto problem = dense_batch<AttentionProblem>(samples, grid, region, heads);
   problem.head_dim = static_cast<int>(head_dim);
+  problem.value_dim = static_cast<int>(value_dim);
   problem.scale = static_cast<float>(scale);
   return problem;
 }
 
 /// No video is longer than `longest` along any axis, or has more tokens than exist.
 inline AttentionProblem packed_problem(int64_t queries, const PackedVideos& videos, Extent longest, Extent region,
-                                       int64_t heads, int64_t head_dim, double scale) {
+                                       int64_t heads, int64_t head_dim, int64_t value_dim, double scale) {
   // A region longer than all videos is as good as one as long as they are, and cannot overflow.
   const auto shorten = [&](int64_t size, int64_t most) { return smaller(size, std::max<int64_t>(most, 1)); };
   AttentionProblem problem = {};
@@ -61,6 +62,7 @@ inline AttentionProblem packed_problem(int64_t queries, const PackedVideos& vide
   problem.heads = heads;
   problem.by_heads = Divisor(heads);
   problem.head_dim = static_cast<int>(head_dim);
+  problem.value_dim = static_cast<int>(value_dim);
   problem.scale = static_cast<float>(scale);
   problem.region = {shorten(region.t, longest.t), shorten(region.h, longest.h), shorten(region.w, longest.w)};
   problem.offsets = videos.offsets;
@@ -94,18 +96,39 @@ bool aligned(const Operand<T>& operand) {
 /// Keys in a chunk: nine, those of LLaVA-ST's spatial regions, or the next multiple of the groups.
 constexpr int chunk_steps(int lanes) { return (9 * lanes + kWarpSize - 1) / kWarpSize; }
 
-/// Calls `visit` with the layout for rows of `head_dim` elements and regions of at most `keys` keys.
+/// The widest row whose layouts hold a chunk of several keys in registers, and the widest that there is.
+constexpr int kWideRow = 256, kWidestRow = 1152;
+
+/// Rows that a layout is chosen for. `vectors`: all of them can be read in vectors of sixteen bytes.
+struct RowShape {
+  int key, value;  // elements
+  bool vectors, biased;
+
+  int widest() const { return std::max(key, value); }
+};
+
+/// Calls `visit` with the layout for rows like these and regions of at most `keys` keys.
 template <class T, class Visit>
-void with_layout(int head_dim, bool vectors, int64_t keys, const Visit& visit) {
+void with_layout(const RowShape& rows, int64_t keys, const Visit& visit) {
   constexpr int elements = sizeof(Words) / sizeof(T);
-  const auto choose = [&](auto few, auto many) { keys <= few.CHUNK ? visit(few) : visit(many); };
-  if (!vectors || head_dim % elements != 0) {
+  const bool extended = rows.biased || rows.key != rows.value;
+  const auto choose = [&](auto few, auto many) {
+    const auto extend = [&](auto layout) { extended ? visit(Extended<decltype(layout)>{}) : visit(layout); };
+    keys <= few.CHUNK ? extend(few) : extend(many);
+  };
+  const bool vectors = rows.vectors && rows.key % elements == 0 && rows.value % elements == 0;
+  const int width = rows.widest();
+  if (width > kWideRow) {  // one key at a time
+    constexpr int packets = (kWidestRow + 32 * elements - 1) / (32 * elements);
+    vectors ? visit(Extended<Layout<T, elements, 32, packets, 1, true>>{})
+            : visit(Extended<Layout<T, 1, 32, kWidestRow / 32, 1, true>>{});
+  } else if (!vectors) {
     choose(Layout<T, 1, 32, 8, 3, false>{}, Layout<T, 1, 32, 8, 3, true>{});
-  } else if (head_dim <= 8 * elements) {
+  } else if (width <= 8 * elements) {
     choose(Layout<T, elements, 8, 1, chunk_steps(8), false>{}, Layout<T, elements, 8, 1, chunk_steps(8), true>{});
-  } else if (head_dim <= 16 * elements) {
+  } else if (width <= 16 * elements) {
     choose(Layout<T, elements, 16, 1, chunk_steps(16), false>{}, Layout<T, elements, 16, 1, chunk_steps(16), true>{});
-  } else if (head_dim <= 32 * elements) {
+  } else if (width <= 32 * elements) {
     choose(Layout<T, elements, 32, 1, chunk_steps(32), false>{}, Layout<T, elements, 32, 1, chunk_steps(32), true>{});
   } else if constexpr (elements == 4) {
     choose(Layout<T, elements, 32, 2, chunk_steps(32), false>{}, Layout<T, elements, 32, 2, chunk_steps(32), true>{});
@@ -122,10 +145,11 @@ template <class T>
 void launch_forward(const ForwardArguments<T>& arguments, void* stream) {
   const AttentionProblem& problem = arguments.problem;
   const LaunchShape shape = attention_shape(problem, stream);
-  if (shape.blocks == 0 || problem.head_dim == 0) return;
+  if (shape.blocks == 0 || problem.value_dim == 0) return;
   const bool vectors =
       aligned(arguments.query) && aligned(arguments.key) && aligned(arguments.value) && aligned(arguments.output);
-  with_layout<T>(problem.head_dim, vectors, most_keys(problem),
+  const RowShape rows = {problem.head_dim, problem.value_dim, vectors, arguments.bias.data != nullptr};
+  with_layout<T>(rows, most_keys(problem),
                  [&](auto layout) { launch<attention_forward<decltype(layout)>>(shape, arguments); });
 }
 
@@ -133,19 +157,20 @@ void launch_forward(const ForwardArguments<T>& arguments, void* stream) {
 template <class T>
 void launch_backward(const BackwardArguments<T>& arguments, void* stream) {
   const AttentionProblem& problem = arguments.problem;
-  if (problem.heads == 0 || problem.head_dim == 0) return;
+  if (problem.heads == 0 || std::max(problem.head_dim, problem.value_dim) == 0) return;
   const LaunchShape shape = attention_shape(problem, stream);
   if (shape.blocks > 0) {
     const bool vectors = aligned(arguments.grad_output) && aligned(arguments.query) && aligned(arguments.key) &&
                          aligned(arguments.value) && aligned(arguments.grad_query) && aligned(arguments.grad_key) &&
                          aligned(arguments.grad_value);
-    with_layout<T>(problem.head_dim, vectors, most_keys(problem),
+    const RowShape rows = {problem.head_dim, problem.value_dim, vectors, arguments.bias.data != nullptr};
+    with_layout<T>(rows, most_keys(problem),
                    [&](auto layout) { launch<attention_backward<decltype(layout)>>(shape, arguments); });
   }
   if (problem.packed() && problem.keys > 0) {
     constexpr int64_t enough = 1024;  // usually these blocks find that they have nothing to do
     launch<zero_keys_without_query<T>>({smaller(problem.keys, enough), kBlockThreads, stream}, problem,
-                                       arguments.grad_key.data, arguments.grad_value.data);
+                                       arguments.grad_key.data, arguments.grad_value.data, arguments.grad_bias.data);
   }
 }
 

@@ -20,9 +20,16 @@ struct Layout {
   static constexpr int VECTORS = VECTORS_;
   static constexpr int STEPS = STEPS_;
   static constexpr bool MANY = MANY_;
+  static constexpr bool EXTENDED = false;
   static constexpr int GROUPS = kWarpSize / LANES;
   static constexpr int CHUNK = STEPS * GROUPS;
   static constexpr int ROW = ELEMENTS * VECTORS;  // elements of a row in one lane
+};
+
+/// The same for kernels that also know of biases, and of values that have another width than keys.
+template <class L>
+struct Extended : L {
+  static constexpr bool EXTENDED = true;
 };
 
 /// The place of this thread's lane in its warp's layout.

@@ -28,14 +28,15 @@ LLAVA_ST_DEVICE bool has_query(const AttentionProblem& problem, int64_t key) {
 /// Sets the gradients of tokens without a query to zero. With correct grids there are none, and nothing is written.
 template <class T>
 LLAVA_ST_GLOBAL void LLAVA_ST_LAUNCH_BOUNDS(kBlockThreads, 1)
-    zero_keys_without_query(const AttentionProblem problem, T* grad_key, T* grad_value) {
-  const int64_t row = problem.heads * problem.head_dim;
+    zero_keys_without_query(const AttentionProblem problem, T* grad_key, T* grad_value, T* grad_bias) {
+  const auto zero = [](T* gradient, int64_t key, int64_t row) {
+    for (int64_t i = thread_index(); i < row; i += kBlockThreads) gradient[key * row + i] = T{};
+  };
   for (int64_t key = first_key_without_query(problem) + block_index(); key < problem.keys; key += block_count()) {
     if (has_query(problem, key)) continue;
-    for (int64_t i = thread_index(); i < row; i += kBlockThreads) {
-      grad_key[key * row + i] = T{};
-      grad_value[key * row + i] = T{};
-    }
+    zero(grad_key, key, problem.heads * problem.head_dim);
+    zero(grad_value, key, problem.heads * problem.value_dim);
+    if (grad_bias != nullptr) zero(grad_bias, key, problem.heads);
   }
 }
 

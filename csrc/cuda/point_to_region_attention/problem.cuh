@@ -10,7 +10,7 @@ namespace llava_st::cuda {
 struct AttentionProblem {
   int64_t queries;  // regions of all samples together
   int64_t heads;
-  int head_dim;
+  int head_dim, value_dim;
   float scale;
   Extent region;
 
@@ -33,7 +33,8 @@ template <class T>
 struct ForwardArguments {
   AttentionProblem problem;
   Operand<const T> query, key, value;
-  T* output;  // contiguous, like all results
+  T* output;              // contiguous, like all results
+  Operand<const T> bias;  // rows of one number; without one its data is null
 };
 
 template <class T>
@@ -42,6 +43,8 @@ struct BackwardArguments {
   Operand<const T> grad_output, query, key, value;
   T* grad_query;
   Operand<T> grad_key, grad_value;
+  Operand<const T> bias;
+  Operand<T> grad_bias;
 };
 
 }  // namespace llava_st::cuda
