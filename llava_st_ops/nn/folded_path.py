@@ -49,9 +49,11 @@ def run_path(path: FoldedPath, features: Tensor, chunk_tokens: int, recompute: b
     else:
         positions = list(map(resize_table, path.spatial.positions, grid, alignments))
         seeds = list(map(_centers_of_rows, map(resize_table, path.tables, grid, alignments), path.spatial.region))
+    if not chunk_tokens:  # without a loop, whose length an exported program would have fixed
+        return _chunk(path, features, positions, seeds, recompute)
     # Neither a region nor a frame that two chunks share.
     together = path.spatial.region[0] * math.lcm(path.slow.region[0], path.fast.region[0])
-    step = max(1, chunk_tokens // max(1, batch * height * width * together)) * together if chunk_tokens else frames
+    step = max(1, chunk_tokens // max(1, batch * height * width * together)) * together
     parts = []
     for begin in range(0, frames, step):
         end = min(begin + step, frames)
