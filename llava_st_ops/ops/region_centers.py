@@ -26,6 +26,7 @@ def region_centers(x: Tensor, region: Sequence[int]) -> Tensor:
 
     Raises:
         ValueError: `x` or `region` of the wrong form.
+        TypeError: `x` is not of a floating point dtype.
 
     Plain PyTorch on every device: the ordinary case, odd sizes without partial regions, is a view.
 
@@ -33,4 +34,5 @@ def region_centers(x: Tensor, region: Sequence[int]) -> Tensor:
     """
     checks.check_region("region_centers", region)
     checks.check_rank("region_centers", "x", x, 5, "[B, T, H, W, C]")
+    checks.check_floating("region_centers", "x", x)
     return reference.region_centers(x, region)
