@@ -47,7 +47,13 @@ def check_shape(op: str, name: str, tensor: Tensor, expected: Sequence[int]) -> 
         raise ValueError(f"{op}: {name} must have shape {list(expected)}, got {list(tensor.shape)}")
 
 
+def _check_dense(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {tensor.layout}")
+
+
 def check_same_kind(op: str, name: str, tensor: Tensor, model_name: str, model: Tensor) -> None:
+    _check_dense(op, name, tensor)
     if tensor.dtype != model.dtype:
         raise TypeError(f"{op}: {name} must have the dtype of {model_name}, {model.dtype}, got {tensor.dtype}")
     check_same_device(op, name, tensor, model_name, model)
@@ -59,6 +65,7 @@ def check_same_device(op: str, name: str, tensor: Tensor, model_name: str, model
 
 
 def check_floating(op: str, name: str, tensor: Tensor) -> None:
+    _check_dense(op, name, tensor)
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"{op}: {name} must be of a floating point dtype, got {tensor.dtype}")
 
@@ -79,8 +86,7 @@ def check_grid_thw(op: str, grid_thw: Tensor, model_name: str, model: Tensor) ->
     """All but the contents, which are not read back from a device."""
     if grid_thw.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: grid_thw must be int32 or int64, got {grid_thw.dtype}")
-    if grid_thw.layout != torch.strided:
-        raise TypeError(f"{op}: grid_thw must be a dense tensor, got {grid_thw.layout}")
+    _check_dense(op, "grid_thw", grid_thw)
     if grid_thw.dim() != 2 or grid_thw.shape[1] != 3:
         raise ValueError(
             f"{op}: grid_thw must have shape [videos, 3] (time, height, width), got {list(grid_thw.shape)}"

@@ -1,4 +1,4 @@
-"""The thin layer costs nothing: kernels written in raw intrinsics instead compile to as many instructions.
+"""The thin layer costs nothing: kernels written in raw intrinsics instead compile to no fewer instructions.
 
 The raw kernels are a throw-away copy, in which every call of the layer is replaced by what CUDA offers.
 """
@@ -99,7 +99,7 @@ def write_raw_sources(folder: Path) -> Path:
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
-def test_raw_intrinsics_make_as_many_instructions(tmp_path):
+def test_raw_intrinsics_make_no_fewer_instructions(tmp_path):
     raw = write_raw_sources(tmp_path)
     counts = {}
     for direction, arguments in (("forward", "ForwardArguments"), ("backward", "BackwardArguments")):
@@ -109,4 +109,4 @@ def test_raw_intrinsics_make_as_many_instructions(tmp_path):
             without = compile_kernel(tmp_path / "raw", raw, source)
             counts[f"{direction}, {lanes} lanes"] = (with_layer, without)
     print(counts)
-    assert all(with_layer > 500 and with_layer == without for with_layer, without in counts.values()), counts
+    assert all(500 < with_layer <= without for with_layer, without in counts.values()), counts

