@@ -35,7 +35,7 @@ from .environment import ROOT, describe
 FOLDER = ROOT / "build" / "reproduction"
 CLIPS, ABLATION_CLIPS = 2_000, 500
 # Of the clips that a record's scores are of; those of training have the run's own seed, and another split.
-PROOF_SEED, PROOF_CLIPS = 1_000, 200
+PROOF_SEED, PROOF_CLIPS, ABLATION_PROOF_CLIPS = 1_000, 200, 100
 UNTRAINED_CLIPS = 20  # that the starting values are asked about: they hardly ever make a sentence
 _VALIDATION_CLIPS = 64
 # What is asked during training, and which scores of it are kept.
@@ -43,15 +43,17 @@ _ASKED = {"names": ("rec",), "places": ("tvg", "rec"), "tubes": ("stvg",)}
 _KEPT = ("mIoU", "Acc@0.5", "m_tIoU", "m_sIoU", "m_vIoU")
 
 
-def run(out: Path, clips: int, seed: int, arm: Arm) -> tuple[LlavaStPipeline, dict[str, Any]] | None:
-    """Trains and proves. In the main process: the model, and a record of it."""
+def run(
+    out: Path, clips: int, seed: int, arm: Arm, proof_clips: int, shared: Path | None = None
+) -> tuple[LlavaStPipeline, dict[str, Any]] | None:
+    """Trains and proves. In the main process: the model, and a record of it. `shared`: see `train`."""
     budget, start = Budget.of(clips), time.time()
     state = PartialState(cpu=not torch.cuda.is_available())
-    validation = out / "validation"
+    validation = (shared or out) / "validation"
     with state.main_process_first():
         synthesize(validation, _VALIDATION_CLIPS, seed, split="validation")
     evaluate = {stage.name: _evaluator(validation, _ASKED[stage.name]) for stage in STAGES}
-    folder = train(out, budget, seed, arm, evaluate)
+    folder = train(out, budget, seed, arm, evaluate, shared=shared)
     if not state.is_main_process:
         return None
     pipeline = LlavaStPipeline.from_pretrained(folder, dtype="float32")
@@ -66,9 +68,9 @@ def run(out: Path, clips: int, seed: int, arm: Arm) -> tuple[LlavaStPipeline, di
         "parameters": sum(parameter.numel() for parameter in pipeline.model.parameters()),
         "seconds_of_last_call": time.time() - start,
         "curves": {stage.name: _curve(out / stage.name) for stage in STAGES},
-        "proof": {"seed": PROOF_SEED, "clips": PROOF_CLIPS},
+        "proof": {"seed": PROOF_SEED, "clips": proof_clips},
     }
-    record["proof"] |= prove(pipeline, out / "proof", PROOF_SEED, PROOF_CLIPS)
+    record["proof"] |= prove(pipeline, out / "proof", PROOF_SEED, proof_clips)
     return pipeline, record
 
 
@@ -100,7 +102,7 @@ def save_checkpoint(pipeline: LlavaStPipeline, folder: Path) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     out = options.out / f"seed{options.seed}-{options.clips}"
-    found = run(out, options.clips, options.seed, ARMS["baseline"])
+    found = run(out, options.clips, options.seed, ARMS["baseline"], PROOF_CLIPS)
     if found is not None:
         pipeline, record = found
         untrained = LlavaStPipeline.from_pretrained(out / "start", dtype="float32")
@@ -113,12 +115,13 @@ def _train(options: argparse.Namespace) -> None:
 
 def _ablate(options: argparse.Namespace) -> None:
     for seed in options.seeds:
+        shared = options.out / f"ablation-{seed}-{options.clips}"
         for name in options.arms:
             record_name = f"ablation-{name.replace(' ', '-')}-{seed}"
             if report.path(record_name).exists():
                 continue
             out = options.out / record_name
-            if (found := run(out, options.clips, seed, ARMS[name])) is not None:
+            if (found := run(out, options.clips, seed, ARMS[name], ABLATION_PROOF_CLIPS, shared)) is not None:
                 report.write(record_name, {"arm": name, **found[1]})
                 shutil.rmtree(out)
 

@@ -80,6 +80,7 @@ def train(
     arm: Arm = ARMS["baseline"],
     evaluate: Mapping[str, Evaluate] | None = None,
     report: Callable[[str], None] = print,
+    shared: Path | None = None,
 ) -> Path:
     """Trains through all stages, going on where an earlier call was cut off; the folder of the last stage's model.
 
@@ -87,12 +88,13 @@ def train(
     process of several threads, which wait for each other in every small operation.
 
     Args:
-        out: for clips, checkpoints and models.
+        out: for checkpoints and models.
         budget: how much is spent.
         seed: of the data and of everything random.
         arm: what is changed.
         evaluate: stage -> see `run_stage`.
         report: gets lines of progress.
+        shared: for clips and the tower, which arms of the same budget and seed have in common; by default `out`.
 
     Raises:
         ValueError: the processes cannot share a step evenly, or `out` has a run with other settings.
@@ -101,24 +103,25 @@ def train(
     if _SAMPLES_OF_A_STEP % state.num_processes:
         raise ValueError(f"processes: expected a divisor of {_SAMPLES_OF_A_STEP}, got {state.num_processes}")
     batch = f"batch_size={_SAMPLES_OF_A_STEP // state.num_processes}"
-    model = out / "start"
+    shared, model = shared or out, out / "start"
     for stage in STAGES:
         target = out / stage.name
         if not (target / "model").exists():
             settings = read_settings(stage.yaml, [f"seed={seed}", batch, *arm.settings])
             with state.main_process_first():  # the others find that all is there
-                data = _render(stage, out, budget, seed, report)
+                data = _render(stage, shared, budget, seed, report)
                 if not model.exists():
-                    _write_start(model, data.parent, budget, seed, report, arm.configuration)
+                    tower = shared / "tower.safetensors"
+                    _write_start(model, tower, data.parent, budget, seed, report, arm.configuration)
             run_stage(settings, model, data, target, evaluate=(evaluate or {}).get(stage.name), adapt=arm.adapt)
         model = target / "model"
     return model
 
 
-def _render(stage: Stage, out: Path, budget: Budget, seed: int, report: Callable[[str], None]) -> Path:
+def _render(stage: Stage, shared: Path, budget: Budget, seed: int, report: Callable[[str], None]) -> Path:
     """The YAML of a stage's data; stages with as many objects share clips."""
     fewest, most = stage.objects
-    folder, clips = out / f"clips-{fewest}-{most}", budget.clips[stage.name]
+    folder, clips = shared / f"clips-{fewest}-{most}", budget.clips[stage.name]
     path = folder / f"{stage.name}.yaml"
     if not path.exists():
         report(f"{stage.name}: renders {clips} clips")
@@ -138,7 +141,13 @@ def _render(stage: Stage, out: Path, budget: Budget, seed: int, report: Callable
 
 
 def _write_start(
-    model: Path, folder: Path, budget: Budget, seed: int, report: Callable[[str], None], changes: Mapping[str, Any]
+    model: Path,
+    tower: Path,
+    folder: Path,
+    budget: Budget,
+    seed: int,
+    report: Callable[[str], None],
+    changes: Mapping[str, Any],
 ) -> None:
     def progress(step: int, scores: dict[str, float]) -> None:
         numbers = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
@@ -148,7 +157,7 @@ def _write_start(
     torch.set_num_threads(max(threads, PartialState().num_processes))  # the other processes wait
     objects = STAGES[0].objects
     scenes = [make_scene(seed, "train", clip, objects=objects) for clip in range(budget.tower_clips)]
-    words, tower = texts(_TEXT_CLIPS), model.parent / "tower.safetensors"
+    words = texts(_TEXT_CLIPS)
     if not tower.exists():
         write_tower(tower, folder, scenes, words, seed, budget.tower_steps, progress)
     write_start(model, tower, folder, scenes[:_START_CLIPS], words, seed, **changes)

@@ -26,6 +26,7 @@ def results(tmp_path, monkeypatch):
     ):
         monkeypatch.setattr(reproduction_report, name, value)
     monkeypatch.setattr(reproduction, "PROOF_CLIPS", 2)
+    monkeypatch.setattr(reproduction, "ABLATION_PROOF_CLIPS", 2)
     monkeypatch.setattr(reproduction, "UNTRAINED_CLIPS", 2)
     monkeypatch.setattr(reproduction, "_VALIDATION_CLIPS", 2)
     monkeypatch.setattr(reproduction, "PROOF_SEED", 7)
@@ -60,7 +61,8 @@ def test_an_ablation_goes_on_where_records_are_missing(results):
     record = json.loads(file.read_text())
     assert record["arm"] == "hard targets"
     assert "| hard targets | the nearest anchor is the target | 1, missing 1, 2 |" in (results / "page.md").read_text()
-    assert not list((results / "run").iterdir()), "a run that has its record is removed"
+    left = [path.name for path in (results / "run").iterdir()]
+    assert left == ["ablation-0-2"], "a run that has its record is removed; what other arms need stays"
     written = file.stat().st_mtime_ns
     assert reproduction.main(arguments) == 0
     assert file.stat().st_mtime_ns == written
