@@ -216,8 +216,12 @@ def check_unchanged(kind: str, part: Mapping[str, Any]) -> None:
 
 
 def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError(f"content: expected finite coordinates, got {value}")
+    try:
+        finite = math.isfinite(value)
+    except (TypeError, OverflowError):  # no number, or none that a float holds
+        finite = False
+    if not finite:
+        raise ValueError(f"content: expected finite coordinates, got {value!r:.80}")
     return value
 
 
