@@ -165,8 +165,8 @@ Inputs random_inputs(const NormalizedCase& a, const Layout& layout) {
 
 template <class T>
 Results expected_of(const NormalizedCase& a, const Layout& layout, const Inputs& in) {
-  Results out = {Expected(in.query.size()), Expected(in.query.size()), Expected(in.key.size()),
-                 Expected(in.key.size())};
+  Results out = {Expected(in.query.size()), Expected(in.query.size()), Expected(in.key.size()), Expected(in.key.size()),
+                 Expected(0)};
   const auto dim = static_cast<size_t>(a.shape.dim), heads = static_cast<size_t>(a.shape.heads);
   for (size_t query = 0; query < layout.regions.size(); ++query) {
     std::vector<size_t> tokens, queries;
