@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -26,6 +28,21 @@ def results(call: Call, function, dtype: torch.dtype | None = None):
     return [output.detach(), *(x.new_zeros(x.shape) if g is None else g for x, g in zip(leaves, grads, strict=True))]
 
 
+def assert_gradient(actual, exact, same, sources, label: str) -> None:
+    """A gradient of a few entries may be a small difference of products of large sources, whose rounding the reference
+    escapes by chance: besides twice its error, some steps of the largest product are allowed."""
+    assert actual.shape == exact.shape, label
+    assert actual.dtype == same.dtype, label
+    assert torch.equal(actual.isfinite(), same.isfinite()), label
+    product = math.prod(max(1.0, x.abs().max().item()) for x in sources if x.numel())
+    zero = exact.new_zeros(())
+    finite = same.isfinite() & exact.isfinite()
+    error, of_reference = (torch.where(finite, (x.double() - exact).abs(), zero) for x in (actual, same))
+    if error.numel():
+        bound = 2 * of_reference.max().item() + 4 * torch.finfo(sources[0].dtype).eps * product
+        assert error.max().item() <= bound, f"{label}: error {error.max().item():.3g}, allowed {bound:.3g}"
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_any_call_gives_what_the_reference_gives(name):
     @fuzz(25)
@@ -37,8 +54,9 @@ def test_any_call_gives_what_the_reference_gives(name):
             results(call, call.plain, torch.float64),
             results(call, call.plain),
         )
-        for label, *triple in zip(("output", *call.sources), actual, exact, same, strict=True):
-            assert_accurate(*triple, f"{name}: {label}")
+        assert_accurate(actual[0], exact[0], same[0], f"{name}: output")
+        for label, *triple in zip(call.sources, actual[1:], exact[1:], same[1:], strict=True):
+            assert_gradient(*triple, list(call.sources.values()), f"{name}: {label}")
         for x, unchanged in zip(call.sources.values(), before, strict=True):
             assert torch.equal(x, unchanged), "arguments stay as they were"
 

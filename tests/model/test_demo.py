@@ -105,7 +105,7 @@ def test_prompts_in_the_words_of_tasks():
     ("arguments", "message"),
     [
         (["--video", "a.mp4", "--prompt", "x"], "one of --model DIR and --tiny-random"),
-        (["--model", "m", "--prompt", "x"], "one of --video FILE and --image FILE"),
+        (["--model", "m", "--prompt", "x"], "one of --video FILE, --image FILE and --shapes SEED"),
         (["--model", "m", "--video", "a.mp4"], "--prompt TEXT is needed"),
         (["--tiny-random", "--video", "missing.mp4"], "missing.mp4: no such video file"),
         (["--tiny-random", "--video", "a.mp4", "--task", "rec"], "--task rec is about an? image, got --video"),
