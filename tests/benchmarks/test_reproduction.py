@@ -62,7 +62,7 @@ def test_an_ablation_goes_on_where_records_are_missing(results):
     assert record["arm"] == "hard targets"
     assert "| hard targets | the nearest anchor is the target | 1, missing 1, 2 |" in (results / "page.md").read_text()
     left = [path.name for path in (results / "run").iterdir()]
-    assert left == ["ablation-0-2"], "a run that has its record is removed; what other arms need stays"
+    assert left == ["ablation-0-2-2-2"], "a run that has its record is removed; what other arms need stays"
     written = file.stat().st_mtime_ns
     assert reproduction.main(arguments) == 0
     assert file.stat().st_mtime_ns == written
