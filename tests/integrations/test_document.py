@@ -23,8 +23,9 @@ def test_code_blocks_run(capsys):
     printed = capsys.readouterr().out
     (shown,) = re.findall(r"```text\n(LLaVA-ST's packers.*?)```", text, re.DOTALL)
     assert shown in printed
-    assert printed.count("no module of the model looks like one") == 2
-    assert "skipped vision_resampler.token_packer.devide_attention (Module): it has more than is known" in printed
+    assert "no module of the model looks like one" in printed  # of Cambrian's
+    for name in ("TokenPacker", "Oryx"):
+        assert re.search(rf"{name}.*: 1 replaced, 0 skipped", printed)
 
 
 def test_the_table_is_that_of_its_record():
