@@ -12,7 +12,7 @@ import torch
 
 from llava_st_ops import library
 from llava_st_ops.export import export_program
-from tests.export.modules import FRAMES, MAX_FRAMES, clip, module_of, run_python, save_expected
+from tests.export.modules import FRAMES, MAX_FRAMES, MODULES, clip, module_of, run_python, save_expected
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "cpp"
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # what is not an op of ours the compiler fuses and rounds in its own way
@@ -23,24 +23,39 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory):
-    """Of the tokenizer, for any number of frames."""
-    module, width = module_of("tokenizer")
-    program = export_program(module, clip(width, 10), max_frames=MAX_FRAMES)
-    path = tmp_path_factory.mktemp("package") / "tokenizer.pt2"
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=QUICKLY)
-    return path
+def packages(tmp_path_factory):
+    """Of each module, for any number of frames."""
+    folder = tmp_path_factory.mktemp("packages")
+    for name in MODULES:
+        module, width = module_of(name)
+        program = export_program(module, clip(width, 10), max_frames=MAX_FRAMES)
+        path = str(folder / f"{name}.pt2")
+        torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=QUICKLY)
+    return folder
 
 
-def test_the_ops_are_called(package):
-    with zipfile.ZipFile(package) as archive:
+@pytest.fixture
+def package(packages):
+    return packages / "tokenizer.pt2"
+
+
+@pytest.mark.parametrize(
+    ("name", "ops"),
+    [
+        ("tokenizer", ("lape_add", "linear_lape_gelu", "normalized_region_attention")),
+        ("packer", ("point_to_region_attention",)),
+    ],
+)
+def test_the_ops_are_called(packages, name, ops):
+    with zipfile.ZipFile(packages / f"{name}.pt2") as archive:
         (proxies,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith("wrapper.json"))
-    for op in ("lape_add", "linear_lape_gelu", "normalized_region_attention"):
+    for op in ops:
         assert f"llava_st::{op}" in proxies
 
 
-def test_in_another_process(package, tmp_path):
-    save_expected("tokenizer", tmp_path / "expected.pt")
+@pytest.mark.parametrize("name", MODULES)
+def test_in_another_process(packages, name, tmp_path):
+    save_expected(name, tmp_path / "expected.pt")
     run_python(
         """
 import sys, torch, llava_st_ops
@@ -48,7 +63,7 @@ run = torch._inductor.aoti_load_package(sys.argv[1])
 for features, expected in zip(*torch.load(sys.argv[2]), strict=True):
     torch.testing.assert_close(tuple(run(features)), expected, rtol=1e-5, atol=1e-5)
 """,
-        package,
+        packages / f"{name}.pt2",
         tmp_path / "expected.pt",
     )
 
