@@ -20,6 +20,7 @@ from . import plot, record, report
 from .cases import select_cases
 from .clip import Clip, default_clip, open_clip
 from .environment import HUGE_PAGE_VARIABLE, ROOT, describe
+from .masked_workload import MODES, masked_workload
 from .measure import Rounds, make_timer
 from .path_workloads import path_cases, path_workload
 from .peers import available_backends
@@ -58,6 +59,8 @@ def _workloads(options: argparse.Namespace, clip: Clip, device: torch.device) ->
         (case.name, lambda case=case: attention_workload(case, clip, device))
         for case in select_cases(device, options.quick)
     ]
+    if not options.quick:
+        found += [(f"masked, {mode}", lambda mode=mode: masked_workload(mode, clip, device)) for mode in MODES]
     found += [
         (name, lambda build=build: build(clip, device))
         for name, (build, on_huge_pages) in BUILDERS.items()

@@ -31,7 +31,7 @@ class Implementation:
     reason: str = ""
 
 
-def _split(x: Tensor, region: Region) -> Tensor:
+def split(x: Tensor, region: Region) -> Tensor:
     """`[B, T, H, W, heads, D]` to a view `[B, T', rt, H', rh, W', rw, heads, D]`."""
     rt, rh, rw = region
     return x.unflatten(3, (-1, rw)).unflatten(2, (-1, rh)).unflatten(1, (-1, rt))
@@ -47,7 +47,7 @@ def eager(query: Tensor, key: Tensor, value: Tensor, region: Region) -> Tensor:
 
     def flatten(x: Tensor) -> Tensor:
         """To `[window, regions, E]`, regions in the order row, column, batch, time."""
-        return _split(x, region).permute(2, 4, 6, 3, 5, 0, 1, 7, 8).reshape(window, -1, heads * dim)
+        return split(x, region).permute(2, 4, 6, 3, 5, 0, 1, 7, 8).reshape(window, -1, heads * dim)
 
     queries = query.permute(2, 3, 0, 1, 4, 5)
     order = queries.shape
@@ -64,7 +64,7 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, region: Region) -> Tensor:
     window = region[0] * region[1] * region[2]
 
     def gather(x: Tensor) -> Tensor:
-        return _split(x, region).permute(0, 1, 3, 5, 7, 2, 4, 6, 8).reshape(-1, heads, window, dim)
+        return split(x, region).permute(0, 1, 3, 5, 7, 2, 4, 6, 8).reshape(-1, heads, window, dim)
 
     q = query.reshape(-1, heads, 1, dim)
     return torch.nn.functional.scaled_dot_product_attention(q, gather(key), gather(value)).view(query.shape)
@@ -73,18 +73,18 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, region: Region) -> Tensor:
 def multiply_and_sum(query: Tensor, key: Tensor, value: Tensor, region: Region) -> Tensor:
     """Broadcast products and sums, without a copy: what one would write by hand for torch.compile."""
     query = (query * query.shape[-1] ** -0.5).unsqueeze(4).unsqueeze(3).unsqueeze(2)
-    scores = (query * _split(key, region)).sum(-1, keepdim=True)
+    scores = (query * split(key, region)).sum(-1, keepdim=True)
     inside = (2, 4, 6)
     weights = (scores - scores.amax(inside, keepdim=True)).exp()
     weights = weights / weights.sum(inside, keepdim=True)
-    return (weights * _split(value, region)).sum(inside)
+    return (weights * split(value, region)).sum(inside)
 
 
 def einsum(query: Tensor, key: Tensor, value: Tensor, region: Region) -> Tensor:
     """The same in two einsums."""
-    scores = torch.einsum("bthwnd,btihjwknd->bthwnijk", query * query.shape[-1] ** -0.5, _split(key, region))
+    scores = torch.einsum("bthwnd,btihjwknd->bthwnijk", query * query.shape[-1] ** -0.5, split(key, region))
     weights = scores.flatten(-3).softmax(-1).view(scores.shape)
-    return torch.einsum("bthwnijk,btihjwknd->bthwnd", weights, _split(value, region))
+    return torch.einsum("bthwnijk,btihjwknd->bthwnd", weights, split(value, region))
 
 
 def flex_attention(case: Case, device: torch.device) -> Attention:
