@@ -21,7 +21,7 @@ from llava_st_ops.nn import (
 from llava_st_ops.ops.checks import can_read
 
 from .configuration_llava_st import LlavaStConfig
-from .packed_rows import places_in_samples, without_first_tokens
+from .packed_rows import padding_follows, places_in_samples, without_first_tokens
 from .vision_tower import vision_features
 
 _IMAGE_PLACES = ("im_start", "im_patch", "im_end")
@@ -480,7 +480,7 @@ class LlavaStForConditionalGeneration(LlavaStPreTrainedModel, GenerationMixin):
             position_ids = places_in_samples(sample) if position_ids is None else position_ids
         outputs = self.model(
             input_ids=input_ids,
-            attention_mask=attention_mask,
+            attention_mask=None if self._mask_is_idle(labels, attention_mask) else attention_mask,
             position_ids=position_ids,
             cache=cache,
             inputs_embeds=inputs_embeds,
@@ -502,6 +502,14 @@ class LlavaStForConditionalGeneration(LlavaStPreTrainedModel, GenerationMixin):
             logits = self.logits(hidden[:, slice(-kept, None) if isinstance(kept, int) else kept])
         output = LlavaStOutput(loss, logits, outputs.cache, outputs.hidden_states, outputs.attentions)
         return output if return_dict is not False else output.to_tuple()
+
+    def _mask_is_idle(self, labels: Tensor | None, attention_mask: Tensor | None) -> bool:
+        """Whether the loss is the same without the mask, and sooner there: given one, torch's attention computes what
+        it hides as well, and on a GPU does not take its fastest kernel."""
+        if labels is None or attention_mask is None or torch.compiler.is_compiling():
+            return False
+        sdpa = self.model.language_model.config._attn_implementation == "sdpa"
+        return sdpa and padding_follows(attention_mask)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits over words, then anchors of time, height and width. No matrix of head and tables together is made.

@@ -14,6 +14,11 @@ def places_in_samples(sample: Tensor) -> Tensor:
     return places - torch.where(starts, places, 0).cummax(1).values
 
 
+def padding_follows(attention_mask: Tensor) -> bool:
+    """Whether there is no padding but behind samples, where causal attention does not look. A GPU is waited for."""
+    return attention_mask.dim() == 2 and bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
+
+
 def without_first_tokens(labels: Tensor, attention_mask: Tensor | None, sample: Tensor | None) -> Tensor:
     """Labels without those of first tokens, which neither padding nor the end of another sample predicts."""
     first = torch.zeros_like(labels[:, 1:], dtype=torch.bool)

@@ -193,6 +193,34 @@ def test_the_loss_of_a_batch(compat):
         torch.testing.assert_close(step, expected / 10, rtol=1e-5, atol=1e-6)
 
 
+def test_padding_behind_samples_costs_no_mask(monkeypatch):
+    """Torch's attention is faster without; the loss is the same (above), and so are the gradients."""
+    model, given = tiny_model(), []
+    samples = [sample(model.config, ("video", 10), 1, 2, 3, seed=1), sample(model.config, 4, 5, 6)]
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, arguments, options: given.append(options["attention_mask"] is not None), with_kwargs=True
+    )
+
+    def gradients(side, **changes):
+        inputs = {**batch(samples, side), **changes}
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        model.zero_grad()
+        model(**inputs, labels=labels).loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    found = [gradients("right"), gradients("left")]
+    hole = batch(samples, "right")["attention_mask"]
+    hole[:, 1] = 0
+    gradients("right", attention_mask=hole)
+    with torch.no_grad():
+        model(**batch(samples, "right"))
+    monkeypatch.setattr(model.model.language_model.config, "_attn_implementation", "eager")
+    found.append(gradients("right"))
+    assert given == [False, True, True, True, True]
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-6)
+
+
 def test_without_lape_as_in_the_first_stage():
     model = tiny_model(lape=False)
     assert model.model.lape is None
