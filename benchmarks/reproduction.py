@@ -34,7 +34,7 @@ from .environment import ROOT, describe
 
 FOLDER = ROOT / "build" / "reproduction"
 CLIPS = 2_000
-# Fewer, where tubes take the longest. With 750 for places and 600 for tubes the baseline stayed below a constant answer.
+# Tubes take the longest. With 750 for places and 600 for tubes the baseline stayed below a constant answer.
 ABLATION = Budget({"names": 1_500, "places": 1_500, "tubes": 1_000}, tower_clips=1_500, tower_steps=3_000)
 # Of the clips that a record's scores are of; those of training have the run's own seed, and another split.
 PROOF_SEED, PROOF_CLIPS, ABLATION_PROOF_CLIPS = 1_000, 200, 100
