@@ -114,6 +114,15 @@ def mutation(file: str, record: Record) -> Rows:
     ]
 
 
+def walk_through(file: str, record: Record) -> Rows:
+    rows = [[step["command"], f"{step['seconds']:.1f}"] for step in record["steps"]]
+    seconds = sum(step["seconds"] for step in record["steps"])
+    return [
+        table("From an empty environment", ["step", "seconds"], rows),
+        paragraph(f"README's steps, in {seconds / 60:.1f} minutes in all. ", source(file), class_="quiet"),
+    ]
+
+
 def reproduction(found: Mapping[str, Record]) -> Rows:
     """All runs: whole trainings, then arms of the ablation."""
     rows = []
@@ -140,6 +149,11 @@ _KNOWN: dict[str, tuple[str, str, Callable[[str, Record], Rows]]] = {
     ),
     "folding_error.json": ("Rounding of the folded path", "python -m benchmarks.folding_error", folding_error),
     "synthesis.json": ("Synthetic clips", "python -m benchmarks.synthesis", synthesis),
+    "walk_through.json": (
+        "From an empty environment to a module of one's own",
+        "python -m benchmarks.walk_through",
+        walk_through,
+    ),
     "mutation.json": ("Would the tests notice a wrong kernel?", "make mutate", mutation),
 }
 _REPRODUCTION = "reproduction-"

@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from benchmarks import model_costs, reproduction_report, synthesis, training_throughput
+from benchmarks import model_costs, reproduction_report, synthesis, training_throughput, walk_through
+from benchmarks.environment import ROOT
 
 
-@pytest.mark.parametrize("source", [model_costs, synthesis, training_throughput])
+@pytest.mark.parametrize("source", [model_costs, synthesis, training_throughput, walk_through])
 def test_the_page_is_that_of_its_record(source):
     text = source.PAGE.read_text()
     assert source.page(text, json.loads(source.RECORD.read_text())) == text
@@ -21,6 +22,29 @@ def test_the_reproduction_is_that_of_its_records():
     text = reproduction_report.PAGE.read_text()
     runs, arms = reproduction_report.runs(), reproduction_report.ablations()
     assert reproduction_report.page(text, runs, arms) == text
+
+
+def test_the_walk_takes_the_steps_of_the_readme(monkeypatch, tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    assert [command.split()[:2] for command in walk_through.commands(readme)] == [["pip", "install"]] * 2
+    (tmp_path / "own_model.py").write_text(walk_through.OWN_MODEL.read_text())
+    monkeypatch.syspath_prepend(tmp_path)
+    small = walk_through.program(readme).replace("1024, 5120, 1024, 8, 4096", "32, 64, 16, 2, 24")
+    names = {}
+    exec(small.replace("576, 1024", "576, 32").replace("576, 5120", "576, 64"), names)
+    assert names["after"] is not names["before"]
+    for text in ("# Nothing", "## Install\n\nby hand"):
+        with pytest.raises(ValueError, match="README"):
+            walk_through.commands(text)
+    with pytest.raises(ValueError, match="README"):
+        walk_through.program("no code")
+
+
+def test_a_step_that_fails_ends_the_walk(tmp_path):
+    found = walk_through._run("echo one; echo two; echo three", tmp_path, tmp_path)
+    assert found["said"] == ["two", "three"]
+    with pytest.raises(RuntimeError, match="no such thing"):
+        walk_through._run("echo no such thing; exit 3", tmp_path, tmp_path)
 
 
 def test_arms_without_runs_are_missing():
