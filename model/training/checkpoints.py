@@ -36,7 +36,8 @@ def write_checkpoint(
         step: of training.
         tensors: file -> names and CPU tensors, written as safetensors.
         texts: file -> what is in it.
-        keep: how many checkpoints stay, this one included. None is removed before this one is complete.
+        keep: how many checkpoints stay, this one included. None is removed before this one is complete. Those of later
+            steps stay and do not count: they are damaged, or training would have gone on from them.
 
     Raises:
         OSError: the disk is full, or cannot be written to. Checkpoints stay as they were.
@@ -61,7 +62,8 @@ def write_checkpoint(
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(error.errno, f"{name} could not be written: {error.strerror}", str(folder)) from error
-    for old in _checkpoints(folder)[keep:]:
+    earlier = [path for path in _checkpoints(folder) if _step(path) <= step]
+    for old in earlier[keep:]:
         shutil.rmtree(old)
     return folder / name
 
@@ -97,8 +99,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Newest first."""
-    found = {int(match[1]): path for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))}
-    return [found[step] for step in sorted(found, reverse=True)]
+    found = [path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def _remove_partial(folder: Path) -> None:

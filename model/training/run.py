@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ _FREE = (
     "accumulation",
     "sharding",
 )
+_PICKED = 64  # values of each parameter
 Evaluate = Callable[[LlavaStForConditionalGeneration, LlavaStProcessor, int], Mapping[str, float]]
 
 
@@ -63,16 +65,17 @@ def run_stage(
         The trained model's folder.
 
     Raises:
-        ValueError: DeepSpeed is asked for, settings are not those of the run that `out` has, or do not fit the model.
+        ValueError: DeepSpeed is asked for, settings or model are not those of the run that `out` has, or do not fit
+            each other.
         FileExistsError: the stage is done.
     """
     refuse_deepspeed()
     if (out / "model").exists():
         raise FileExistsError(f"{out / 'model'}: is there already, the stage is done")
     state = PartialState(cpu=not torch.cuda.is_available())
-    if state.is_main_process:
-        _check_settings(settings, out)
     model, processor = load(model_path, settings)
+    if state.is_main_process:
+        _check_settings(settings, model, out)
     if adapt is not None:
         adapt(model)
     if settings.packer_between_stages == "reset" and "packer" in settings.train:  # else it is to be used as it is
@@ -120,10 +123,11 @@ def load(path: str | Path, settings: StageSettings) -> tuple[LlavaStForCondition
     return model, LlavaStProcessor.from_pretrained(path)
 
 
-def _check_settings(settings: StageSettings, out: Path) -> None:
+def _check_settings(settings: StageSettings, model: nn.Module, out: Path) -> None:
+    """That `out` has no run of others, or of another model: checkpoints do not hold what does not train."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "settings.json"
-    values = json.loads(json.dumps(dataclasses.asdict(settings)))
+    values = {**json.loads(json.dumps(dataclasses.asdict(settings))), "model_fingerprint": _fingerprint(model)}
     if path.exists() and any(out.glob("checkpoint-*")):
         before = json.loads(path.read_text())
         for name, value in values.items():
@@ -131,6 +135,16 @@ def _check_settings(settings: StageSettings, out: Path) -> None:
                 raise ValueError(f"{name}: the run in {out} has {before.get(name)!r}, and cannot go on with {value!r}")
     else:
         path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Of names, shapes and some values of all parameters: other weights, other fingerprint."""
+    checksum = 0
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()
+        picked = values[:: max(1, len(values) // _PICKED)][:_PICKED].tolist()
+        checksum = zlib.crc32(repr((name, tuple(parameter.shape), picked)).encode(), checksum)
+    return f"{checksum:08x}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from llava_st import LlavaStForConditionalGeneration
-from llava_st.tiny import tiny_model
+from llava_st.tiny import tiny_model, tiny_processor
 from llava_st.train import main
 from PIL import Image
 from safetensors.torch import load_file
@@ -61,6 +61,13 @@ def test_a_run_goes_on_where_it_was(tmp_path, data, capsys):
     (out / "checkpoint-4" / "weights.safetensors").write_bytes(b"")
     assert main([*options, "learning_rate=1e-3"]) == 1
     assert "learning_rate: the run in" in capsys.readouterr().err
+    other = tiny_model(lape=False)
+    with torch.no_grad():
+        other.model.vision_tower.get_parameter("embeddings.patch_embedding.bias")[0] += 1  # does not train
+    other.save_pretrained(tmp_path / "other")
+    tiny_processor().save_pretrained(tmp_path / "other")
+    assert main([*options[:2], str(tmp_path / "other"), *options[3:]]) == 1
+    assert "model_fingerprint: the run in" in capsys.readouterr().err
     assert main([*options, "log_steps=2"]) == 0
     assert "goes on from" in capsys.readouterr().out
     found = load_file(out / "model/model.safetensors")

@@ -82,9 +82,9 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(start, whole
 
 
 def test_the_last_checkpoints_stay(tmp_path):
-    for step in (1, 2, 10, 3):
+    for step in (1, 2, 10):
         write_checkpoint(tmp_path, step, WEIGHTS, {"text.json": "{}"}, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-3"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
     assert torch.equal(read_tensors(tmp_path / "checkpoint-10/weights.safetensors")["a"], torch.arange(4.0))
 
 
@@ -102,6 +102,15 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, caplog, file, how):
     assert last_checkpoint(tmp_path).name == "checkpoint-1"
     assert "checkpoint-2: skipped" in caplog.text
     assert damage(tmp_path / "checkpoint-1") is None
+
+
+def test_a_damaged_checkpoint_does_not_take_the_place_of_a_good_one(tmp_path):
+    for step in (1, 10):
+        write_checkpoint(tmp_path, step, WEIGHTS, {}, keep=2)
+    (tmp_path / "checkpoint-10" / "manifest.json").unlink()
+    write_checkpoint(tmp_path, 2, WEIGHTS, {}, keep=1)
+    assert last_checkpoint(tmp_path).name == "checkpoint-2"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
 
 
 def test_a_full_disk_is_an_error_and_leaves_what_was_there(tmp_path, monkeypatch):
