@@ -122,13 +122,38 @@ def _verdicts(proof: Record) -> Iterable[str]:
 
 
 def _arms(arms: dict[str, dict[int, Record]]) -> str:
-    rows = ["| arm | | seeds | m_tIoU | m_sIoU | m_vIoU |", "|---|---|---|---|---|---|"]
+    rows = [*_budget_of(arms), "| arm | | seeds | m_tIoU | m_sIoU | m_vIoU | asked |", "|---|---|---|---|---|---|---|"]
     for name, found in arms.items():
         missing = [str(seed) for seed in SEEDS if seed not in found]
         seeds = f"{len(found)}, missing {', '.join(missing)}" if missing else str(len(found))
-        numbers = [_spread([record["proof"]["a"][score] for record in found.values()]) for score in SCORES]
+        proofs = [record["proof"] for record in found.values()]
+        numbers = [_spread([proof["a"][score] for proof in proofs]) for score in SCORES]
+        numbers.append(_spread([proof["c"]["new"] for proof in proofs]))
         rows.append(f"| {name} | {ARMS[name].meaning} | {seeds} | {' | '.join(numbers)} |")
     return "\n".join(rows)
+
+
+def _budget_of(arms: dict[str, dict[int, Record]]) -> Iterable[str]:
+    """What all arms have in common: how much they trained, and scores to hold theirs against."""
+    records = [record for found in arms.values() for record in found.values()]
+    if not records:
+        return
+    clips, proof = records[0]["clips"], records[0]["proof"]
+    if any(record["clips"] != clips for record in records):
+        raise ValueError("records of ablations: expected one number of clips, as arms are compared")
+    each = ", ".join(f"{count:,} ({name})" for name, count in clips.items())
+    yield (
+        f"**Ablations**, each from {each} clips, fewer than above: means over seeds (smallest to largest), on "
+        f"{proof['clips']} held-out clips. *Asked*: mean IoU with the tube of another object, asked about instead. The "
+        f"best constant answer has {_scores(proof['constant'])}."
+    )
+    for seed, record in sorted(arms["baseline"].items()):
+        yield f"The baseline of seed {seed}, shown another clip: {_scores(record['proof']['b'])}."
+    yield ""
+
+
+def _scores(of: dict[str, float]) -> str:
+    return ", ".join(f"{of[score]:.3f}" for score in SCORES)
 
 
 def _spread(values: Sequence[float]) -> str:

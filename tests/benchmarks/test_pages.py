@@ -48,10 +48,19 @@ def test_a_step_that_fails_ends_the_walk(tmp_path):
 
 
 def test_arms_without_runs_are_missing():
-    record = {"proof": {"a": {"m_tiou": 0.5, "m_siou": 0.25, "m_viou": 0.125}}}
-    rows = reproduction_report._arms({"baseline": {1: record}, "direct": {}}).splitlines()
-    assert rows[2].endswith("| 1, missing 0, 2 | 0.500 | 0.250 | 0.125 |")
-    assert rows[3].endswith("| 0, missing 0, 1, 2 | missing | missing | missing |")
+    scores = {"m_tiou": 0.5, "m_siou": 0.25, "m_viou": 0.125}
+    proof = {"clips": 100, "a": scores, "b": scores, "constant": scores, "c": {"new": 0.75, "old": 0}}
+    arms = {"baseline": {1: {"clips": {"names": 9}, "proof": proof}}, "direct": {}}
+    text = reproduction_report._arms(arms)
+    assert "each from 9 (names) clips" in text
+    assert "The baseline of seed 1, shown another clip: 0.500, 0.250, 0.125." in text
+    rows = text.splitlines()
+    assert rows[-2].endswith("| 1, missing 0, 2 | 0.500 | 0.250 | 0.125 | 0.750 |")
+    assert rows[-1].endswith("| 0, missing 0, 1, 2 | missing | missing | missing | missing |")
+    assert reproduction_report._arms({"direct": {}}).splitlines()[-1] == rows[-1]
+    arms["direct"] = {1: {"clips": {"names": 8}, "proof": proof}}
+    with pytest.raises(ValueError, match="one number of clips"):
+        reproduction_report._arms(arms)
 
 
 def test_a_published_step_is_ours_with_matrices_joined(monkeypatch):
