@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, linear
 
 from ..nn.foldable import is_plain
-from ..nn.folding import _with_zero_gradient
+from ..nn.folding import with_zero_gradient
 from ..ops import point_to_region_attention
 from ..ops.checks import MAX_HEAD_DIM
 from .replacement import Replacement, Report, accelerate
@@ -95,7 +95,7 @@ class _Compressor(Replacement):
         pooled = avg_pool2d(grid.permute(0, 3, 1, 2), side).permute(0, 2, 3, 1)
         query = query_layer(pooled)
         if key_layer.bias is not None:  # the same for all keys, which the softmax does not see
-            query = _with_zero_gradient(query, key_layer.bias)
+            query = with_zero_gradient(query, key_layer.bias)
         absorbed = linear(query, key_layer.weight.t())
         keys = grid[:, None, :, :, None]  # [T, 1, H, W, 1, C]; values are the same
         scale = query.shape[-1] ** -0.5

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..nn.foldable import Kept, is_plain, why_no_mlp
-from ..nn.folding import _attention, _without_autocast
+from ..nn.folding import absorbing_matrices, without_autocast
 from ..ops import lape_mlp, normalized_region_attention
 
 Region = tuple[int, int, int]
@@ -105,8 +105,8 @@ class _Folded:
 
 def _fold(parts: Parts) -> _Folded:
     keys, values = parts.key_mlp[0], parts.value_mlp[0]
-    with _without_autocast(keys.weight.device):
-        absorbed, value_weight, out_bias = _attention(parts)
+    with without_autocast(keys.weight.device):
+        absorbed, value_weight, out_bias = absorbing_matrices(parts)
     dtype, heads = keys.weight.dtype, parts.num_heads
     return _Folded(
         first_weight=torch.cat([keys.weight, values.weight]),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from ..nn.foldable import is_plain
-from ..nn.folding import _without_autocast
+from ..nn.folding import without_autocast
 from ..reference.lape import computing_dtype
 from .replacement import Replacement, Report, accelerate
 
@@ -123,7 +123,7 @@ class _Attention(Replacement):
 
     def compute(self, queries: Tensor, windows: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tensor:
         query = self.module.q_proj(queries)
-        with _without_autocast(query.device):
+        with without_autocast(query.device):
             attended = self._attend(query, windows, masks)
         return self.module.o_proj(attended)
 

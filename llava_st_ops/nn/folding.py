@@ -62,9 +62,9 @@ def fold(packer: nn.Module, before: Before | None) -> FoldedPacker:
     keys, values = packer.key_mlp, packer.value_mlp
     first_weight = torch.cat([keys[0].weight, values[0].weight])
     composite = first_weight if before is None else first_weight @ before.weight
-    with _without_autocast(first_weight.device):  # small, and added to what is not rounded yet
+    with without_autocast(first_weight.device):  # small, and added to what is not rounded yet
         first_bias, positions = _first_positions(first_weight, torch.cat([keys[0].bias, values[0].bias]), before)
-        absorbed, value_weight, out_bias = _attention(packer)
+        absorbed, value_weight, out_bias = absorbing_matrices(packer)
     dtype, heads = first_weight.dtype, packer.num_heads
     query_mlp = packer.query_mlp
     return FoldedPacker(
@@ -107,14 +107,14 @@ def _first_positions(weight: Tensor, bias: Tensor, before: Before | None) -> tup
     return bias, (temporal, height, width)
 
 
-def _attention(packer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+def absorbing_matrices(packer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     """The in-projections of keys and values, `[heads D, E]` both, with what their LayerNorms multiply, and the bias
     behind the pooling, which the biases of the values reach unchanged."""
     _, key_weight, value_weight = (_wide(weight) for weight in packer.in_proj_weight.chunk(3))
     _, _, value_bias = (_wide(bias) for bias in packer.in_proj_bias.chunk(3))
     scale = (len(key_weight) // packer.num_heads) ** -0.5
     # The softmax does not see what is the same for all keys of a region, such as the LayerNorm's shift.
-    gain = _with_zero_gradient(packer.key_norm.weight, packer.key_norm.bias)
+    gain = with_zero_gradient(packer.key_norm.weight, packer.key_norm.bias)
     value_bias = linear(_wide(packer.value_norm.bias), value_weight, value_bias)
     out_bias = linear(value_bias, _wide(packer.out_proj.weight), _wide(packer.out_proj.bias))
     return key_weight * (_wide(gain) * scale), value_weight * _wide(packer.value_norm.weight), out_bias
@@ -157,7 +157,8 @@ def no_positions(folded: FoldedPacker, grid: Sequence[int]) -> list[Tensor]:
     return [zero.expand(size, -1) for size in grid]
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Products of weights with weights are small, and keep their own dtype."""
     return torch.autocast(device.type, enabled=False) if autocast_is_on(device.type) else nullcontext()
 
 
@@ -165,6 +166,6 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(computing_dtype(tensor.dtype))
 
 
-def _with_zero_gradient(x: Tensor, unused: Tensor) -> Tensor:
+def with_zero_gradient(x: Tensor, unused: Tensor) -> Tensor:
     """x, and a gradient of zeros for a parameter of the same shape that the result does not depend on."""
     return torch.where(torch.zeros((), dtype=torch.bool, device=x.device), unused, x)
