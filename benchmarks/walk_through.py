@@ -1,7 +1,7 @@
 """README's steps as a stranger takes them: from an empty environment to a module of their own, accelerated.
 
-`python -m benchmarks.walk_through` takes the commands from README, gives them in a new environment, and times each one.
-TORCH names the torch to install, PYTHON the interpreter.
+`python -m benchmarks.walk_through` gives README's commands in a folder of its own, and times each one. TORCH says which
+torch `pip install torch` is to install.
 """
 
 from __future__ import annotations
@@ -49,6 +49,15 @@ def commands(readme: str) -> list[str]:
     return [line.split("  #")[0].strip() for line in found[1].splitlines()]
 
 
+def as_tried(command: str) -> str:
+    """README's command as it is given here: with a torch of one's choice, and where there is a compiler for GPUs but no
+    GPU without its half of the build, as README says one may."""
+    if command == "pip install torch":
+        return f'pip install "{os.environ.get("TORCH", "torch==2.13.0")}"'
+    spared = command.endswith(" .") and shutil.which("nvcc") and not torch.cuda.is_available()
+    return f"LLAVA_ST_CUDA=off {command}" if spared else command
+
+
 def program(readme: str) -> str:
     """README's lines that accelerate a model, between calls of that model."""
     found = re.search(r"```python\n(from llava_st_ops\.integrations import .*?)```", readme, re.DOTALL)
@@ -59,30 +68,17 @@ def program(readme: str) -> str:
 
 def measure() -> dict[str, Any]:
     readme = (ROOT / "README.md").read_text()
-    wanted = os.environ.get("TORCH", "torch==2.13.0")
-    python = os.environ.get("PYTHON", f"python{sys.version_info[0]}.{sys.version_info[1]}")
     record = {"schema": SCHEMA, "environment": describe(torch.device("cpu")), "steps": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = _clone(folder / "llava_st_ops")
         shutil.copyfile(OWN_MODEL, folder / "own_model.py")
         (folder / "accelerate.py").write_text(program(readme))
-        steps = [
-            (f"{python} -m venv venv && . venv/bin/activate", folder),
-            (f'pip install "{wanted}"', folder),
-            *((_without_cuda(command), source) for command in commands(readme)),
-            ("python -m llava_st_ops.info", folder),
-            ("python accelerate.py", folder),
-        ]
-        for command, where in steps:
-            record["steps"].append(_run(command, where, folder))
+        program_step = f"python {folder / 'accelerate.py'}"
+        for command in (*map(as_tried, commands(readme)), program_step):
+            record["steps"].append(_run(command, source))
+        record["steps"][-1]["command"] = "python accelerate.py"
     return record
-
-
-def _without_cuda(command: str) -> str:
-    """Where there is a compiler for GPUs but no GPU, its half of the build is left out, as README says one may."""
-    spared = command.endswith(" .") and shutil.which("nvcc") and not torch.cuda.is_available()
-    return f"LLAVA_ST_CUDA=off {command}" if spared else command
 
 
 def _clone(to: Path) -> Path:
@@ -91,11 +87,12 @@ def _clone(to: Path) -> Path:
     return to
 
 
-def _run(command: str, where: Path, folder: Path) -> dict[str, Any]:
+def _run(command: str, folder: Path) -> dict[str, Any]:
+    """In a shell of its own, which finds the folder's environment first."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LLAVA_ST"))}
     environment |= {"PATH": f"{folder / 'venv' / 'bin'}:{os.environ['PATH']}"}
     began = time.perf_counter()
-    result = subprocess.run(command, shell=True, cwd=where, env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
     seconds = time.perf_counter() - began
     if result.returncode:
         raise RuntimeError(f"{command}\n{result.stdout}{result.stderr}")

@@ -113,9 +113,9 @@ def _prepare(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The tensors in the dtype of autocast; the bias one that is added, with a number for each head."""
     query, key, value = autocast(query, key, value)
-    if bias is None:
-        return query, key, value, None
-    if bias.dtype == torch.bool:
+    if bias is None or bias.layout != torch.strided:  # which the checks refuse
+        return query, key, value, bias
+    if bias.dtype == torch.bool and query.is_floating_point():  # else they say what is wrong
         bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill(~bias, -math.inf)
     else:
         (bias,) = autocast(bias)

@@ -26,7 +26,13 @@ def test_the_reproduction_is_that_of_its_records():
 
 def test_the_walk_takes_the_steps_of_the_readme(monkeypatch, tmp_path):
     readme = (ROOT / "README.md").read_text()
-    assert [command.split()[:2] for command in walk_through.commands(readme)] == [["pip", "install"]] * 2
+    commands = walk_through.commands(readme)
+    assert commands[0] == "python3 -m venv venv && . venv/bin/activate"
+    assert commands[-1] == "python -m llava_st_ops.info"
+    monkeypatch.setenv("TORCH", "torch==2.10.0")
+    tried = [walk_through.as_tried(command) for command in commands]
+    assert tried[1] == 'pip install "torch==2.10.0"'
+    assert [one for one in tried[2:] if one.removeprefix("LLAVA_ST_CUDA=off ") not in commands] == []
     (tmp_path / "own_model.py").write_text(walk_through.OWN_MODEL.read_text())
     monkeypatch.syspath_prepend(tmp_path)
     small = walk_through.program(readme).replace("1024, 5120, 1024, 8, 4096", "32, 64, 16, 2, 24")
@@ -41,10 +47,10 @@ def test_the_walk_takes_the_steps_of_the_readme(monkeypatch, tmp_path):
 
 
 def test_a_step_that_fails_ends_the_walk(tmp_path):
-    found = walk_through._run("echo one; echo two; echo three", tmp_path, tmp_path)
+    found = walk_through._run("echo one; echo two; echo three", tmp_path)
     assert found["said"] == ["two", "three"]
     with pytest.raises(RuntimeError, match="no such thing"):
-        walk_through._run("echo no such thing; exit 3", tmp_path, tmp_path)
+        walk_through._run("echo no such thing; exit 3", tmp_path)
 
 
 def test_arms_without_runs_are_missing():
@@ -58,6 +64,15 @@ def test_arms_without_runs_are_missing():
     assert rows[-2].endswith("| 1, missing 0, 2 | 0.500 | 0.250 | 0.125 | 0.750 |")
     assert rows[-1].endswith("| 0, missing 0, 1, 2 | missing | missing | missing | missing |")
     assert reproduction_report._arms({"direct": {}}).splitlines()[-1] == rows[-1]
+    record = {"clips": {"names": 9}, "proof": proof}
+    seeds = {seed: record for seed in (0, 1)}
+    assert "Folded and direct agree in m_sIoU: 0.000 apart" in reproduction_report._arms(
+        {"baseline": seeds, "direct": seeds}
+    )
+    other = {**record, "proof": {**proof, "a": {**scores, "m_siou": 0.0}}}
+    assert "Folded and direct differ in m_sIoU: 0.250 apart" in reproduction_report._arms(
+        {"baseline": seeds, "direct": {0: other, 1: other}}
+    )
     arms["direct"] = {1: {"clips": {"names": 8}, "proof": proof}}
     with pytest.raises(ValueError, match="one number of clips"):
         reproduction_report._arms(arms)

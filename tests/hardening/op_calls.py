@@ -113,6 +113,35 @@ def _packed_attention(draw: st.DrawFn, dtype: torch.dtype) -> Call:
     return Call("packed attention", sources, run, plain, others)
 
 
+def _understanding_masks(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """A reference, which knows additive biases of every head, for all that the op takes."""
+
+    def call(*, key: Tensor, bias: Tensor | None, **others: Any) -> Any:
+        if bias is not None:
+            if bias.dtype == torch.bool:
+                bias = torch.zeros(bias.shape, dtype=key.dtype).masked_fill(~bias, -torch.inf)
+            bias = bias.expand(key.shape[:-1])
+        return plain(key=key, bias=bias, **others)
+
+    return call
+
+
+@st.composite
+def _biased(draw: st.DrawFn, dtype: torch.dtype, packed: bool) -> Call:
+    """Attention with a bias or a mask, and values of any width."""
+    call = draw((_packed_attention if packed else _attention)(dtype))
+    key, value = call.sources["key"], call.sources["value"]
+    call.sources["value"] = draw(tensors((*value.shape[:-1], draw(channels)), dtype))
+    shape = (*key.shape[:-2], draw(st.sampled_from((1, key.shape[-2]))))
+    hidden = torch.rand(shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 99)))) < 0.3
+    if draw(st.booleans()):
+        call.others["bias"] = laid_out(~hidden, draw(st.sampled_from(LAYOUTS)))
+    else:
+        call.sources["bias"] = draw(tensors(shape, dtype)).masked_fill(hidden, -torch.inf)
+    call.name, call.plain = f"{call.name} with a bias", _understanding_masks(call.plain)
+    return call
+
+
 def _grid_tensor(draw: st.DrawFn, grids: Sequence[Sequence[int]]) -> Tensor:
     grid_thw = torch.tensor(grids, dtype=draw(st.sampled_from((torch.int32, torch.int64)))).view(-1, 3)
     return grid_thw.t().contiguous().t() if draw(st.booleans()) else grid_thw
@@ -244,6 +273,8 @@ def _centers(draw: st.DrawFn, dtype: torch.dtype) -> Call:
 OPS = {
     "attention": _attention,
     "packed attention": _packed_attention,
+    "attention with a bias": functools.partial(_biased, packed=False),
+    "packed attention with a bias": functools.partial(_biased, packed=True),
     "normalized attention": _normalized,
     "lape_add": _lape_add,
     "lape_add_packed": _lape_add_packed,

@@ -18,6 +18,7 @@ from tests.model.training_runs import forkserver, losses, recorded_losses, tiny_
 
 # docs/training.md has what 20 did.
 KILLS = int(os.environ.get("LLAVA_ST_KILLS", "4"))
+STEPS = 3 * KILLS  # each kill waits for one step, and then for a part of the second
 WEIGHTS = {"weights.safetensors": {"a": torch.arange(4.0)}}
 
 
@@ -37,7 +38,7 @@ def start():
 def whole(start, tmp_path_factory):
     """The losses of a run that nothing disturbs, and how long it takes."""
     out = tmp_path_factory.mktemp("whole")
-    process = start(out)
+    process = start(out, None, 2 * STEPS)
     while not list(out.glob("checkpoint-*")):
         time.sleep(0.01)
     begun = time.monotonic()
@@ -48,34 +49,34 @@ def whole(start, tmp_path_factory):
 
 def test_losses_go_on_bitwise_after_kills(start, whole, tmp_path):
     expected, seconds = whole
-    assert [step for step, _ in expected] == list(range(1, 9))
+    assert [step for step, _ in expected] == list(range(1, STEPS + 1))
     waits = random.Random(0)
     killed = 0
     for _ in range(KILLS):
-        process = start(tmp_path)
+        process = start(tmp_path, None, 2 * STEPS)
         before = set(tmp_path.glob("checkpoint-*"))
         while process.is_alive() and set(tmp_path.glob("checkpoint-*")) == before:
             time.sleep(0.005)
-        time.sleep(waits.uniform(0, seconds / 4))
+        time.sleep(waits.uniform(0, 1.5 * seconds / STEPS))
         process.kill()
         process.join()
         killed += process.exitcode == -signal.SIGKILL
-    process = start(tmp_path)
+    process = start(tmp_path, None, 2 * STEPS)
     process.join()
     assert process.exitcode == 0
-    assert killed
+    assert killed == KILLS
     assert recorded_losses(tmp_path) == expected
 
 
 @pytest.mark.parametrize("write", [2, 3])
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(start, whole, tmp_path, write):
-    process = start(tmp_path, write)
+    process = start(tmp_path, write, 2 * STEPS)
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert list(tmp_path.glob(".partial-*"))
     last = last_checkpoint(tmp_path)
     assert (last and last.name) == (None if write == 2 else "checkpoint-1")
-    process = start(tmp_path)
+    process = start(tmp_path, None, 2 * STEPS)
     process.join()
     assert recorded_losses(tmp_path) == whole[0]
     assert not list(tmp_path.glob(".partial-*"))
