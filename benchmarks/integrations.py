@@ -30,7 +30,7 @@ PAGE = ROOT / "docs" / "integrations.md"
 THREADS = 2
 MODES = ("forward", "forward+backward")
 BEFORE, AFTER = "eager, as published", "accelerated"
-ROUNDS = Rounds(fewest=5, most=15, seconds=4)
+ROUNDS = Rounds(fewest=15, most=40, seconds=6)
 
 
 @dataclass(frozen=True)

@@ -100,3 +100,13 @@ def test_what_is_wrong_is_said_in_a_line(tmp_path, data, capsys):
     assert [line.startswith("train: ") for line in lines] == [True] * 3
     assert "FSDP2" in lines[0]
     assert "torchrun" in lines[2]
+
+
+def test_without_data_clips_are_rendered_and_tensorboard_is_told(tmp_path):
+    """What the training extra brings is there, and used."""
+    arguments = ["content", "--model", "tiny", "--out", str(tmp_path), "--clips", "2", "--set", *FAST, "max_steps=1"]
+    assert main(arguments) == 0
+    assert len(list((tmp_path / "data" / "videos").glob("*.mp4"))) == 2
+    assert (tmp_path / "model" / "config.json").exists()
+    assert (tmp_path / "training.png").exists()
+    assert list(tmp_path.glob("runs/**/events.*"))

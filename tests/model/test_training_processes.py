@@ -8,8 +8,9 @@ import socket
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
-from tests.model.training_processes import BF16, RUNS, train_as
+from tests.model.training_processes import BF16, RUNS, stage, train_as, write_stage
 from tests.model.training_runs import first_gradients, forkserver, losses, tiny_trainer
 
 
@@ -17,6 +18,7 @@ from tests.model.training_runs import first_gradients, forkserver, losses, tiny_
 def two(tmp_path_factory):
     """What two processes wrote: all runs in one start, which takes most of the time."""
     out = tmp_path_factory.mktemp("two")
+    write_stage(out / "stage")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -68,3 +70,12 @@ def test_sharded_training_goes_on_from_whole_tensors(two):
     assert again[-1] == whole[-1]
     with safe_open(out / "resumed/checkpoint-4/weights.safetensors", "pt") as file:
         assert file.get_slice("model.visual_tokenizer.lape.temporal_input").get_shape() == [100, 64]
+
+
+def test_a_sharded_stage_hands_on_the_model_of_one_process(two, tmp_path):
+    write_stage(tmp_path)
+    expected = load_file(stage(tmp_path, batch_size=2) / "model.safetensors")
+    found = load_file(two[0] / "stage" / "model" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert any(".lape." in name for name in found)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

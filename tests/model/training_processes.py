@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from llava_st.training.run import run_stage
 from llava_st.training.trainer import StageTrainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tests.model.training_runs import first_gradients, losses, tiny_trainer
+from tests.model.training_records import make_record, write_records
+from tests.model.training_runs import SETTINGS, first_gradients, losses, tiny_trainer
 
 # name -> how the same steps of 8 samples are dealt out, and what else is not as it is by default.
 RUNS = {
@@ -35,6 +39,18 @@ RUNS = {
 
 
 BF16 = {"batch_size": 4, "bf16": True, "train": ("packer", "positions"), "lora_rank": 4, "lora_alpha": 8.0}
+
+
+def write_stage(out: Path) -> None:
+    """What `stage` trains on."""
+    out.mkdir(exist_ok=True)
+    records = [make_record(("Where?",), ("there " * (i + 1),), id=str(i), video=None) for i in range(4)]
+    write_records(out / "records.json", records)
+
+
+def stage(out: Path, **changes: Any) -> Path:
+    """Two steps of a stage, from a file of records to the model that the next one begins with."""
+    return run_stage(dataclasses.replace(SETTINGS, **changes), "tiny", out / "records.json", out)
 
 
 def _trained(trainer: StageTrainer) -> StageTrainer:
@@ -68,6 +84,7 @@ def train_as(rank: int, port: int, out: Path) -> None:
     again = tiny_trainer(folder, batch_size=4, epochs=2, sharding="fsdp2")
     again.train(resume_from_checkpoint=str(folder / "checkpoint-3"))  # in the middle of the second epoch
     found["resumed"] = [losses(trainer), losses(again)]
+    stage(out / "stage", batch_size=1, sharding="fsdp2")
     parameters = dict(again.model.named_parameters())
     found["plain"] = [name for name, p in parameters.items() if not isinstance(p, DTensor)]
     if dist.get_rank() == 0:
