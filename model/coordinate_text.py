@@ -142,6 +142,12 @@ def read(text: CoordinateText) -> Reading:
     Takes whatever a model says, in linear time: layouts with or without spaces, commas or semicolons between
     coordinates, and with or without braces around a tube. Coordinates that make no item are written out as numbers in
     the text and are a problem, as are items that contradict themselves (these are given as they are).
+
+    Args:
+        text: words with template tokens, and a fraction for each of these.
+
+    Returns:
+        Words and items in their order, items in fractions, and the problems.
     """
     parts: list[str | Item] = []
     problems: list[str] = []
@@ -188,7 +194,15 @@ def from_text(text: str, side: str) -> CoordinateText:
 
 
 def plain(text: CoordinateText, decimals: int = 3) -> str:
-    """The text with numbers in place of template tokens: `[0.100, 0.200, 0.300, 0.400]`."""
+    """The text with numbers in place of template tokens: `[0.100, 0.200, 0.300, 0.400]`.
+
+    Args:
+        text: words with template tokens, and a fraction for each of these.
+        decimals: of the numbers.
+
+    Returns:
+        Words alone.
+    """
     positions = iter(text.positions)
     separated = re.sub(rf"({_TOKEN.pattern})(?={_TOKEN.pattern})", r"\1, ", text.text)
     return _TOKEN.sub(lambda _: f"{next(positions):.{decimals}f}", separated)

@@ -165,6 +165,9 @@ class CoordinateSyntax(LogitsProcessor):
         prompt_length: columns of input_ids that are the prompt, whose brackets do not count.
         allow_empty: spans and boxes may end where they start. Such answers overlap nothing, so that by default they
             reach at least to the next anchor; then starts also precede ends after `CoordinateRecorder.positions`.
+
+    Raises:
+        ValueError: a vocabulary without brackets or colon.
     """
 
     def __init__(
@@ -257,6 +260,9 @@ class CoordinateRecorder(LogitsProcessor):
 
     Processors that come before it count: behind `CoordinateSyntax`, anchors that may not follow have no weight in
     positions, so that an end stays behind its start.
+
+    Args:
+        config: the model's.
     """
 
     def __init__(self, config: LlavaStConfig) -> None:
@@ -276,14 +282,20 @@ class CoordinateRecorder(LogitsProcessor):
         decoder: Literal["expectation", "anchor"] = "expectation",
         first_step: int = 0,
     ) -> Tensor:
-        """Positions of the anchors that were generated: float64 `[rows, n]`, NaN at all other tokens.
+        """Positions of the anchors that were generated.
 
         Args:
             sequences: the new ids `[rows, n]`, without the prompt.
-            beam_indices: of a beam search, from its result: which row of a step each token came from.
+            beam_indices: `[rows, n]`, of a beam search, from its result: which row of a step each token came from.
             decoder: `"anchor"`: anchor k of n is at k / (n - 1); `"expectation"`: the mean of the anchor and its
                 neighbours, weighted by their probabilities, as `LanguageAlignedPositionalEmbedding.decode`.
             first_step: the step of the first column.
+
+        Returns:
+            float64 `[rows, n]`, fractions of the anchor's axis; NaN at all other tokens.
+
+        Raises:
+            ValueError: another `decoder`, or more tokens than steps were recorded.
         """
         if decoder not in ("expectation", "anchor"):
             raise ValueError(f"decoder must be 'expectation' or 'anchor', got {decoder!r}")

@@ -15,7 +15,12 @@ class Instant:
 
 @dataclass(frozen=True)
 class TimeSpan:
-    """From `start` to `end`, both included."""
+    """A part of a video, in seconds, or in fractions of it.
+
+    Attributes:
+        start: included.
+        end: included.
+    """
 
     start: float
     end: float
@@ -23,7 +28,14 @@ class TimeSpan:
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle in a picture whose origin is its top left corner."""
+    """A rectangle in a picture whose origin is its top left corner, in pixels, or in fractions of width and height.
+
+    Attributes:
+        left: its first edge.
+        top: likewise.
+        right: its last edge.
+        bottom: likewise.
+    """
 
     left: float
     top: float

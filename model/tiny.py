@@ -74,7 +74,15 @@ def tiny_config(**changes: Any) -> LlavaStConfig:
 
 
 def tiny_model(seed: int = 0, **changes: Any) -> LlavaStForConditionalGeneration:
-    """A random model in evaluation mode; the same one for the same seed and changes."""
+    """A random model in evaluation mode; the same one for the same seed and changes.
+
+    Args:
+        seed: of the weights.
+        changes: of the config, see `tiny_config`.
+
+    Returns:
+        The model, on the CPU in float32.
+    """
     from .modeling_llava_st import LlavaStForConditionalGeneration
 
     with torch.random.fork_rng(devices=[]):
@@ -87,7 +95,14 @@ def tiny_model(seed: int = 0, **changes: Any) -> LlavaStForConditionalGeneration
 
 
 def tiny_processor(**changes: Any) -> LlavaStProcessor:
-    """The processor of `tiny_model(**changes)`."""
+    """The processor of `tiny_model(**changes)`.
+
+    Args:
+        changes: the model's.
+
+    Returns:
+        A processor whose tokenizer knows a few words.
+    """
     from .processing_llava_st import LlavaStProcessor
 
     config = tiny_config(**changes)

@@ -90,20 +90,26 @@ def load_video(
     clip: tuple[int, int] | None = None,
     fps: float | None = None,
 ) -> tuple[Tensor, Media]:
-    """Frames spread evenly over a video, float32 `[num_frames, 3, image_size, image_size]` in `[-1, 1]`, and its Media.
+    """Frames spread evenly over a video, and what is known of it.
 
     Args:
         source: a file's name, a folder of pictures (in the order of the numbers in their names), a list of what
             `load_image` takes, or a uint8 array or tensor `[T, H, W, 3]` or `[T, 3, H, W]`.
         num_frames: how many frames; shorter clips repeat some.
-        image_size: height and width of the result.
+        image_size: height and width of the result in pixels.
         clip: the first and last frame to look at, both inclusive; all by default.
         fps: frames per second; by default a file's own times, however irregular, and 1 for sources without times.
+
+    Returns:
+        float32 `[num_frames, 3, image_size, image_size]` in `[-1, 1]`, and the `Media`, with the frames' seconds.
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+        ValueError: with its name: what cannot be decoded, a clip that it has not, a negative `fps`.
 
     Frames of files are turned and stretched as players display them. Decodes only what it must, and each frame is
     converted at once, so that memory is bounded by the result. A file that was cut off or breaks is refused unless
     `clip` ends before the break, since every fraction of time would be wrong. A damaged frame is a warning.
-    Raises FileNotFoundError or ValueError with the file's name.
     """
     if fps is not None and not fps > 0:
         raise ValueError(f"fps: expected a positive number, got {fps}")

@@ -27,6 +27,12 @@ def merge(model: LlavaStForConditionalGeneration) -> PreTrainedModel:
     Given `inputs_embeds` as `model.model.embed` makes them, it generates what `model` does. Embedding and head are new;
     the weights of the layers are shared with `model`.
 
+    Args:
+        model: with positions.
+
+    Returns:
+        The language model, whose vocabulary has the anchors as its last words.
+
     Raises:
         ValueError: the model has no positions (it is of the first training stage).
     """

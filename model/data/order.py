@@ -43,10 +43,22 @@ class EpochSampler(Sampler[int | None]):
         self.epoch, self._start = 0, 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Which epoch the next passes are of, each in an order of its own.
+
+        Args:
+            epoch: from 0.
+        """
         self.epoch = epoch
 
     def start_at(self, sample: int) -> None:
-        """The next pass leaves out this many samples, as a run does that goes on in the middle of an epoch."""
+        """The next pass leaves out this many samples, as a run does that goes on in the middle of an epoch.
+
+        Args:
+            sample: how many.
+
+        Raises:
+            ValueError: a negative number, or more samples than there are.
+        """
         if not 0 <= sample <= self.size:
             raise ValueError(f"sample: expected 0 to {self.size}, got {sample}")
         self._start = sample

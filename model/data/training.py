@@ -29,7 +29,7 @@ class MediaLoader:
 
     Attributes:
         num_frames: of a video.
-        image_size: height and width.
+        image_size: height and width in pixels.
     """
 
     num_frames: int = 100
@@ -37,7 +37,14 @@ class MediaLoader:
 
     @classmethod
     def of(cls, processor: Any) -> MediaLoader:
-        """What a `LlavaStProcessor` expects."""
+        """What a `LlavaStProcessor` expects.
+
+        Args:
+            processor: the model's.
+
+        Returns:
+            A loader of as many frames as it takes, of its size.
+        """
         return cls(processor.num_frames, processor.image_size)
 
     def __call__(self, part: Part) -> tuple[Tensor, Media]:

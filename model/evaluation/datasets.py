@@ -21,6 +21,9 @@ def read_dataset(task: str, path: str | PathLike[str], seed: int = 0, unit: Unit
         seed: of wordings that are drawn for each record.
         unit: of Charades-STA's timestamps, see `read_charades`.
 
+    Returns:
+        Samples to ask about, with their truth, and what is wrong with records that are none.
+
     Raises:
         ValueError: the file is not of the benchmark's form. Single broken records are listed in the result.
     """

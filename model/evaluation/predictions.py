@@ -76,8 +76,14 @@ class Prediction:
 def read_predictions(path: str | PathLike[str]) -> list[Prediction]:
     """The predictions in a file in their order, without a line that was never finished.
 
+    Args:
+        path: JSON lines, as `llava_st.evaluate` writes them.
+
+    Returns:
+        One for each line.
+
     Raises:
-        ValueError: a line that is no prediction, or two of the same sample.
+        PredictionFileError: a ValueError: a line that is no prediction, or two of the same sample.
     """
     lines = Path(path).read_bytes().split(b"\n")[:-1]
     predictions: list[Prediction] = []

@@ -34,6 +34,9 @@ def score(
         metrics: `"standard"` or `"published"`.
         limit: only the first so many records of the data file count.
 
+    Returns:
+        What `llava_st.evaluate` writes as JSON.
+
     Raises:
         ValueError: predictions are of other samples.
     """

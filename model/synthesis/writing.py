@@ -70,6 +70,9 @@ def synthesize(
         mixed: turns of a record are of several tasks.
         name: of the files of records; by default that of the split.
 
+    Returns:
+        The YAML.
+
     Raises:
         ValueError: the folder holds clips of another seed, split or size, or an argument is out of range.
     """

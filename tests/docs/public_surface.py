@@ -1,9 +1,11 @@
-"""What users can call: the functions and classes that the packages export, and the public methods of those classes."""
+"""What users can call: the functions and classes that the packages export or pages import, and the public methods of
+those classes."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import textwrap
 from collections.abc import Iterator
@@ -14,6 +16,8 @@ import llava_st
 
 import llava_st_ops
 from llava_st_ops import export, integrations, nn, ops
+
+from .code_blocks import PAGES, blocks
 
 OWN = ("llava_st", "llava_st_ops")
 
@@ -63,6 +67,18 @@ def exported() -> Iterator[Public]:
                 yield Public(f"{package.__name__}.{name}", value)
 
 
+def imported_by_pages() -> Iterator[Public]:
+    """What the code of pages imports from modules of the packages."""
+    found = {}
+    for page in PAGES:
+        for block in blocks(page, "python"):
+            for node in ast.walk(ast.parse(block.code)):
+                if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] in OWN:
+                    found |= {f"{node.module}.{alias.name}": (node.module, alias.name) for alias in node.names}
+    for name, (module, attribute) in found.items():
+        yield Public(name, getattr(importlib.import_module(module), attribute))
+
+
 def methods(public: Public) -> Iterator[Public]:
     """Public methods of a class that these packages define, without those that a framework's base class has too, whose
     rules they follow; `forward` is always one."""
@@ -78,7 +94,11 @@ def methods(public: Public) -> Iterator[Public]:
 
 
 def everything() -> Iterator[Public]:
-    for public in exported():
+    seen = set()
+    for public in (*exported(), *imported_by_pages()):
+        if public.value in seen:
+            continue
+        seen.add(public.value)
         yield public
         if inspect.isclass(public.value) and not issubclass(public.value, BaseException):
             yield from methods(public)

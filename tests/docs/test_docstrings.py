@@ -62,7 +62,7 @@ def test_it_has_a_docstring(public):
 def test_arguments_are_those_of_the_signature(public):
     if dataclasses.is_dataclass(public.value):
         own = {field.name for field in dataclasses.fields(public.value)} & set(vars(public.value)["__annotations__"])
-        assert set(documented(public).entries("Args")) == own
+        assert {*documented(public).entries("Args"), *documented(public).entries("Attributes")} == own
     elif "Attributes" not in documented(public).sections:  # a class of results, which users do not make
         assert list(documented(public).entries("Args")) == [parameter.name for parameter in parameters(public)]
 

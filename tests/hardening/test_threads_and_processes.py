@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -76,26 +78,31 @@ def test_several_threads_at_once_give_the_same_bits(threads):
     assert wrong == []
 
 
-def all_bits() -> list[list[torch.Tensor]]:
-    return [bits(example(name)) for name in OPS]
+def all_bits(arguments: Sequence[tuple[dict, dict]]) -> list[list]:
+    """Of each op, with these sources and other arguments."""
+    calls = zip(map(example, OPS), arguments, strict=True)
+    found = [bits(dataclasses.replace(call, sources=sources, others=others)) for call, (sources, others) in calls]
+    return [[x.tolist() for x in outputs] for outputs in found]
 
 
-def _send(connection) -> None:
+def _send(connection, arguments) -> None:
     torch.set_num_threads(1)  # as torch's own DataLoader has it: OpenMP's threads do not survive a fork
-    connection.send([[x.tolist() for x in found] for found in all_bits()])
+    connection.send(all_bits(arguments))
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_other_processes_give_the_same_bits(method, threads):
-    """Also where a process is forked after its parent has run ops with several threads."""
+    """Also where a process is forked after its parent has run ops with several threads. Arguments are handed over: what
+    hypothesis draws depends on the modules that a process has imported."""
+    arguments = [(call.sources, call.others) for call in map(example, OPS)]
     threads(2)
-    all_bits()
+    all_bits(arguments)
     threads(1)
-    expected = [[x.tolist() for x in found] for found in all_bits()]
+    expected = all_bits(arguments)
     threads(2)
     context = multiprocessing.get_context(method)
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(send,), daemon=True)
+    process = context.Process(target=_send, args=(send, arguments), daemon=True)
     process.start()
     try:
         assert receive.poll(PATIENCE), "the other process hangs, or has ended without a result"
