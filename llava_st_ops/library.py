@@ -49,7 +49,9 @@ def load(name: str, *, torch_text: str = torch.__version__, folder: Path = LIBRA
     """Loads `libllava_st_<name>.so`. Never raises: what went wrong is in the reason."""
     path = folder / f"libllava_st_{name}.so"
     if not path.exists():
-        return NativeLibrary(path, False, f"{path.name} was not built")
+        sources_alone = (folder.parent.parent / "CMakeLists.txt").exists() and not any(folder.glob("libllava_st_*.so"))
+        hint = " in this checkout, which hides what is installed: start elsewhere, or install with --editable"
+        return NativeLibrary(path, False, f"{path.name} was not built{hint if sources_alone else ''}")
     if torch_version(torch_text) < MINIMUM_TORCH:
         needed = ".".join(map(str, MINIMUM_TORCH))
         return NativeLibrary(path, False, f"{path.name} needs torch >= {needed}, this is torch {torch_text}")

@@ -28,7 +28,7 @@ def test_the_walk_takes_the_steps_of_the_readme(monkeypatch, tmp_path):
     readme = (ROOT / "README.md").read_text()
     commands = walk_through.commands(readme)
     assert commands[0] == "python3 -m venv venv && . venv/bin/activate"
-    assert commands[-1] == "python -m llava_st_ops.info"
+    assert commands[-1] == "cd .. && python -m llava_st_ops.info"
     monkeypatch.setenv("TORCH", "torch==2.10.0")
     tried = [walk_through.as_tried(command) for command in commands]
     assert tried[1] == 'pip install "torch==2.10.0"'

@@ -61,6 +61,9 @@ def test_missing_library(tmp_path):
     native = library.load("cpu", folder=tmp_path)
     assert not native.loaded
     assert native.reason == "libllava_st_cpu.so was not built"
+    (tmp_path / "CMakeLists.txt").touch()
+    native = library.load("cpu", folder=tmp_path / "llava_st_ops" / "lib")
+    assert "was not built in this checkout" in native.reason
 
 
 def test_old_torch(tmp_path):
