@@ -18,7 +18,7 @@ from .code_blocks import ROOT
 
 _EXTRAS = re.compile(r"(?:llava_st_ops|\.)\[([\w,]+)\]")
 # What is not checked beyond its name: programs of others.
-FOREIGN = {"cd", "cmake", "ctest", "export", "git", "nvcc", "source", "twine"}
+FOREIGN = {".", "cd", "cmake", "ctest", "export", "git", "nvcc", "source", "twine"}
 
 
 class Parsed(Exception):  # noqa: N818 - no error: the parser has taken the command's arguments
