@@ -31,7 +31,7 @@ class Implementation:
     reason: str = ""
 
 
-def split(x: Tensor, region: Region) -> Tensor:
+def _split(x: Tensor, region: Region) -> Tensor:
     """`[B, T, H, W, heads, D]` to a view `[B, T', rt, H', rh, W', rw, heads, D]`."""
     rt, rh, rw = region
     return x.unflatten(3, (-1, rw)).unflatten(2, (-1, rh)).unflatten(1, (-1, rt))
@@ -47,7 +47,7 @@ def eager(query: Tensor, key: Tensor, value: Tensor, region: Region) -> Tensor:
 
     def flatten(x: Tensor) -> Tensor:
         """To `[window, regions, E]`, regions in the order row, column, batch, time."""
-        return split(x, region).permute(2, 4, 6, 3, 5, 0, 1, 7, 8).reshape(window, -1, heads * dim)
+        return _split(x, region).permute(2, 4, 6, 3, 5, 0, 1, 7, 8).reshape(window, -1, heads * dim)
 
     queries = query.permute(2, 3, 0, 1, 4, 5)
     order = queries.shape
@@ -58,33 +58,36 @@ def eager(query: Tensor, key: Tensor, value: Tensor, region: Region) -> Tensor:
     return torch.bmm(weights, v).view(order).permute(2, 3, 0, 1, 4, 5).contiguous()
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor, region: Region) -> Tensor:
-    """scaled_dot_product_attention with one batch entry per region."""
+def sdpa(query: Tensor, key: Tensor, value: Tensor, region: Region, bias: Tensor | None = None) -> Tensor:
+    """scaled_dot_product_attention with one batch entry per region; bias `[B, T, H, W, heads or 1]`."""
     heads, dim = query.shape[-2:]
     window = region[0] * region[1] * region[2]
 
     def gather(x: Tensor) -> Tensor:
-        return split(x, region).permute(0, 1, 3, 5, 7, 2, 4, 6, 8).reshape(-1, heads, window, dim)
+        return _split(x, region).permute(0, 1, 3, 5, 7, 2, 4, 6, 8).reshape(-1, x.shape[-2], window, x.shape[-1])
 
     q = query.reshape(-1, heads, 1, dim)
-    return torch.nn.functional.scaled_dot_product_attention(q, gather(key), gather(value)).view(query.shape)
+    mask = None if bias is None else gather(bias[..., None]).transpose(2, 3)
+    return torch.nn.functional.scaled_dot_product_attention(q, gather(key), gather(value), mask).view(query.shape)
 
 
-def multiply_and_sum(query: Tensor, key: Tensor, value: Tensor, region: Region) -> Tensor:
+def multiply_and_sum(query: Tensor, key: Tensor, value: Tensor, region: Region, bias: Tensor | None = None) -> Tensor:
     """Broadcast products and sums, without a copy: what one would write by hand for torch.compile."""
     query = (query * query.shape[-1] ** -0.5).unsqueeze(4).unsqueeze(3).unsqueeze(2)
-    scores = (query * split(key, region)).sum(-1, keepdim=True)
+    scores = (query * _split(key, region)).sum(-1, keepdim=True)
+    if bias is not None:
+        scores = scores + _split(bias[..., None], region)
     inside = (2, 4, 6)
     weights = (scores - scores.amax(inside, keepdim=True)).exp()
     weights = weights / weights.sum(inside, keepdim=True)
-    return (weights * split(value, region)).sum(inside)
+    return (weights * _split(value, region)).sum(inside)
 
 
 def einsum(query: Tensor, key: Tensor, value: Tensor, region: Region) -> Tensor:
     """The same in two einsums."""
-    scores = torch.einsum("bthwnd,btihjwknd->bthwnijk", query * query.shape[-1] ** -0.5, split(key, region))
+    scores = torch.einsum("bthwnd,btihjwknd->bthwnijk", query * query.shape[-1] ** -0.5, _split(key, region))
     weights = scores.flatten(-3).softmax(-1).view(scores.shape)
-    return torch.einsum("bthwnijk,btihjwknd->bthwnd", weights, split(value, region))
+    return torch.einsum("bthwnijk,btihjwknd->bthwnd", weights, _split(value, region))
 
 
 def flex_attention(case: Case, device: torch.device) -> Attention:
@@ -131,10 +134,10 @@ def _bound(function: Callable[..., Tensor], region: Region) -> Attention:
     return lambda query, key, value: function(query, key, value, region)
 
 
-def _with_backend(backend: str, region: Region) -> Attention:
+def with_backend(backend: str, region: Region, bias: Tensor | None = None) -> Attention:
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         with llava_st_ops.use_backend(backend):
-            return llava_st_ops.point_to_region_attention(query, key, value, region)
+            return llava_st_ops.point_to_region_attention(query, key, value, region, bias=bias)
 
     return attention
 
@@ -154,7 +157,7 @@ def implementations(case: Case, device: torch.device) -> list[Implementation]:
     torch.compiler.reset()
     region = case.region
     ours = [
-        Implementation(f"llava_st_ops, {backend}", "ours", _with_backend(backend, region))
+        Implementation(f"llava_st_ops, {backend}", "ours", with_backend(backend, region))
         for backend, reason in available_backends(device, case.dtype).items()
         if not reason
     ]

@@ -26,8 +26,8 @@ WEIGHTS = {"weights.safetensors": {"a": torch.arange(4.0)}}
 def start():
     """Starts a process that trains."""
 
-    def started(*arguments):
-        process = forkserver().Process(target=train_until_killed, args=arguments)
+    def started(out, die_in_write=None):
+        process = forkserver().Process(target=train_until_killed, args=(out, die_in_write, 2 * STEPS))
         process.start()
         return process
 
@@ -38,7 +38,7 @@ def start():
 def whole(start, tmp_path_factory):
     """The losses of a run that nothing disturbs, and how long it takes."""
     out = tmp_path_factory.mktemp("whole")
-    process = start(out, None, 2 * STEPS)
+    process = start(out)
     while not list(out.glob("checkpoint-*")):
         time.sleep(0.01)
     begun = time.monotonic()
@@ -53,7 +53,7 @@ def test_losses_go_on_bitwise_after_kills(start, whole, tmp_path):
     waits = random.Random(0)
     killed = 0
     for _ in range(KILLS):
-        process = start(tmp_path, None, 2 * STEPS)
+        process = start(tmp_path)
         before = set(tmp_path.glob("checkpoint-*"))
         while process.is_alive() and set(tmp_path.glob("checkpoint-*")) == before:
             time.sleep(0.005)
@@ -61,7 +61,7 @@ def test_losses_go_on_bitwise_after_kills(start, whole, tmp_path):
         process.kill()
         process.join()
         killed += process.exitcode == -signal.SIGKILL
-    process = start(tmp_path, None, 2 * STEPS)
+    process = start(tmp_path)
     process.join()
     assert process.exitcode == 0
     assert killed == KILLS
@@ -70,13 +70,13 @@ def test_losses_go_on_bitwise_after_kills(start, whole, tmp_path):
 
 @pytest.mark.parametrize("write", [2, 3])
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(start, whole, tmp_path, write):
-    process = start(tmp_path, write, 2 * STEPS)
+    process = start(tmp_path, write)
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert list(tmp_path.glob(".partial-*"))
     last = last_checkpoint(tmp_path)
     assert (last and last.name) == (None if write == 2 else "checkpoint-1")
-    process = start(tmp_path, None, 2 * STEPS)
+    process = start(tmp_path)
     process.join()
     assert recorded_losses(tmp_path) == whole[0]
     assert not list(tmp_path.glob(".partial-*"))
