@@ -16,17 +16,28 @@ from typing import Any
 
 import torch
 
-from . import plot, record, report
-from .cases import select_cases
+from . import (
+    centers_workload,
+    folded_workloads,
+    packed_workloads,
+    plot,
+    position_workloads,
+    propagation_workload,
+    record,
+    report,
+)
+from .attention_workload import attention_workload
+from .cases import MODES, select_cases
 from .clip import Clip, default_clip, open_clip
 from .environment import HUGE_PAGE_VARIABLE, ROOT, describe
-from .masked_workload import MODES, masked_workload
+from .integration_workloads import CASES, integration_workload
+from .masked_workload import masked_workload
 from .measure import Rounds, make_timer
+from .packer_workload import packer_workload
 from .path_workloads import path_cases, path_workload
 from .peers import available_backends
-from .position_workloads import BUILDERS
 from .runner import Settings, run
-from .workloads import Workload, attention_workload, packer_workload
+from .workloads import Workload
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -63,7 +74,8 @@ def _workloads(options: argparse.Namespace, clip: Clip, device: torch.device) ->
         found += [(f"masked, {mode}", lambda mode=mode: masked_workload(mode, clip, device)) for mode in MODES]
     found += [
         (name, lambda build=build: build(clip, device))
-        for name, (build, on_huge_pages) in BUILDERS.items()
+        for module in (position_workloads, propagation_workload, packed_workloads, folded_workloads, centers_workload)
+        for name, (build, on_huge_pages) in module.BUILDERS.items()
         if (options.fragment is None or on_huge_pages) and not (options.quick and "backward" in name)
     ]
     # Matrix products fill the packers' time on a CPU: what pages its results lie on makes no difference to speak of.
@@ -79,6 +91,16 @@ def _workloads(options: argparse.Namespace, clip: Clip, device: torch.device) ->
             )
             for frames, mode in ([] if options.quick else path_cases(device, options.only.startswith("path")))
         ]
+        # On a CPU they take minutes, and are measured where they are asked for.
+        if options.only.startswith("integration") or (device.type == "cuda" and not options.quick):
+            found += [
+                (
+                    f"integration, {case.name}, {mode}",
+                    lambda case=case, mode=mode: integration_workload(case, mode, device),
+                )
+                for case in CASES
+                for mode in MODES
+            ]
     return [(name, build) for name, build in found if options.only in name]
 
 

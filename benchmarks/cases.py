@@ -10,6 +10,7 @@ import torch
 from .clip import GRID
 
 HEADS, HEAD_DIM = 8, 128
+MODES = ("forward", "forward+backward")
 
 BYTES_COUNTED = {
     "forward": "query, key and value read once, the output written once",
@@ -30,7 +31,7 @@ class Case:
     frames: int
     region: tuple[int, int, int]
     dtype: torch.dtype
-    mode: str  # "forward" or "forward+backward"
+    mode: str  # of MODES
     reason: str
 
     @property
@@ -113,7 +114,6 @@ _STREAM_REASONS = {
     "(the model runs it on 9x9)",
     (5, 3, 3): "both streams in one step: regions of 45 tokens",
 }
-_MODES = ("forward", "forward+backward")
 
 
 def select_cases(device: torch.device, quick: bool) -> list[Case]:
@@ -125,7 +125,7 @@ def select_cases(device: torch.device, quick: bool) -> list[Case]:
         for dtype in dtypes
         for frames, reason in _FRAME_REASONS.items()
         if not quick or frames in (8, 40)
-        for mode in _MODES
+        for mode in MODES
     ]
     if quick:
         return cases
@@ -133,8 +133,8 @@ def select_cases(device: torch.device, quick: bool) -> list[Case]:
         Case(40, region, dtype, mode, reason)
         for dtype in dtypes
         for region, reason in _STREAM_REASONS.items()
-        for mode in _MODES
+        for mode in MODES
     ]
     if not gpu:
-        cases += [Case(40, (1, 3, 3), torch.bfloat16, mode, "half the bytes, on a CPU") for mode in _MODES]
+        cases += [Case(40, (1, 3, 3), torch.bfloat16, mode, "half the bytes, on a CPU") for mode in MODES]
     return cases

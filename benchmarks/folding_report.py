@@ -14,6 +14,7 @@ from pathlib import Path
 
 from . import folding_error, path_workloads
 from . import record as records
+from .cases import MODES
 from .environment import ROOT
 from .kept_memory import kept_channels, ways
 from .pages import replace_part
@@ -31,7 +32,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def flops_table() -> str:
     rows = []
     for frames in (15, 100):
-        for mode in path_workloads.MODES:
+        for mode in MODES:
             published, folded = (path_workloads.path_flops(frames, mode, way) for way in (False, True))
             rows.append(
                 [

@@ -10,10 +10,9 @@ from llava_st_ops import reference
 from . import parity
 from .cases import BYTES_COUNTED, Case
 from .clip import Clip, attention_inputs
-from .peers import Attention, available_backends, multiply_and_sum, sdpa, with_backend
-from .workloads import Call, Contender, Workload, call_of
+from .peers import available_backends, multiply_and_sum, sdpa, with_backend
+from .workloads import Workload, bytes_of, workload_of
 
-MODES = ("forward", "forward+backward")
 FRAMES, REGION = 40, (1, 3, 3)
 BASELINE = "SDPA on permuted tensors"
 MASKED = 0.25  # share of keys; those of the regions' centres stay
@@ -21,50 +20,39 @@ MASKED = 0.25  # share of keys; those of the regions' centres stay
 
 def masked_workload(mode: str, clip: Clip, device: torch.device, frames: int = FRAMES) -> Workload:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    backward = mode != "forward"
     case = Case(frames, REGION, dtype, mode, "a quarter of the keys is masked, all heads alike")
     heads, dim = case.key_shape[-2:]
     tensors = attention_inputs(clip, frames, REGION, heads, dim, dtype, device)
-    inputs = [x.detach().requires_grad_(backward) for x in tensors]
     generator = torch.Generator().manual_seed(8)
     keep = torch.rand(*case.key_shape[:4], 1, generator=generator) >= MASKED
     keep[:, :, 1::3, 1::3] = True
     bias = torch.zeros(keep.shape).masked_fill(~keep, -torch.inf).to(device, dtype)
-    grad = torch.randn(inputs[0].shape, generator=generator).to(device, dtype)
-
-    def call(attention: Attention) -> Call:
-        return call_of(attention, inputs, inputs, (grad,) if backward else None)
+    grad = torch.randn(tensors[0].shape, generator=generator).to(device, dtype)
 
     def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         each_head = bias.to(key).expand(key.shape[:-1])
         return reference.point_to_region_attention(query, key, value, REGION, bias=each_head)
 
-    def truth() -> dict[str, Tensor]:
-        exact = [x.detach().double().requires_grad_(backward) for x in inputs]
-        results = call_of(plain, exact, exact, (grad.double(),) if backward else None)()
-        return dict(zip(parity.TENSORS, results, strict=False))
-
     torch.compiler.reset()  # what was compiled for earlier cases
     compiled = torch.compile(multiply_and_sum, dynamic=False, fullgraph=True)
     ours = [name for name, reason in available_backends(device, dtype).items() if not reason]
-    sizes = [x.numel() * x.element_size() for x in tensors]
-    passes = [([*tensors], sizes[:1]), ([*tensors, grad], sizes)][: 2 if backward else 1]
-    return Workload(
-        description={
+    sizes = [bytes_of(x) for x in tensors]
+    return workload_of(
+        {
             **case.describe(),
             "name": f"masked, {case.name}",
             "stream": "spatial, masked",
             "bytes_counted": f"{BYTES_COUNTED[mode]}; not the mask, one number for {heads * dim} of a key",
             "baseline": BASELINE,
         },
-        contenders=[
-            *(Contender(f"llava_st_ops, {name}", "ours", call(with_backend(name, REGION, bias))) for name in ours),
-            Contender("reference, PyTorch", "reference", call(plain)),
-            Contender(BASELINE, "peer", call(lambda q, k, v: sdpa(q, k, v, REGION, bias))),
-            Contender("multiply-and-sum, compiled", "peer", call(lambda q, k, v: compiled(q, k, v, REGION, bias))),
+        parity.TENSORS,
+        tensors,
+        (grad,),
+        plain,
+        [
+            *((f"llava_st_ops, {name}", "ours", with_backend(name, REGION, bias)) for name in ours),
+            (BASELINE, "peer", lambda q, k, v: sdpa(q, k, v, REGION, bias)),
+            ("multiply-and-sum, compiled", "peer", lambda q, k, v: compiled(q, k, v, REGION, bias)),
         ],
-        truth=truth,
-        reference="reference, PyTorch",
-        passes=passes,
-        dtype=dtype,
+        [([*tensors], sizes[:1]), ([*tensors, grad], sizes)],
     )

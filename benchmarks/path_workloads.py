@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llava_st_ops import use_backend
 
+from .cases import MODES
 from .clip import GRID, Clip, patch_features
 from .path_published import PublishedPath, tokenizer_like
 from .workloads import Contender, Workload, call_of
@@ -19,7 +20,6 @@ VISION, WIDTH, EMBED, HEADS, ANCHORS = 1152, 3584, 1024, 8, 100
 BASELINE = "published path, eager"
 FOLDED, DIRECT = "llava_st_ops.nn, folded", "llava_st_ops.nn, direct"
 YARDSTICK = "matrix product"
-MODES = ("forward", "forward+backward")
 
 
 def path_cases(device: torch.device, asked_for: bool) -> list[tuple[int, str]]:

@@ -11,9 +11,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from . import record as records
+from .cases import MODES
 from .record import ALLOCATORS, Measurement, Record
 
-_MODES = ("forward", "forward+backward")
 _TITLES = {"default": "torch's allocator as it comes", "huge pages": "THP_MEM_ALLOC_ENABLE=1"}
 
 
@@ -61,7 +61,7 @@ def write(record: Record, path: Path) -> None:
     present = {m["allocator"] for m in record["measurements"]}
     allocators = [name for name in ALLOCATORS if name in present]
     dtype = record["cases"][0]["dtype"]  # the main one comes first
-    panels = {(a, mode): _curves(record, dtype, mode, a) for a in allocators for mode in _MODES}
+    panels = {(a, mode): _curves(record, dtype, mode, a) for a in allocators for mode in MODES}
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     palette = plt.get_cmap("tab10")
     colors = {name: "black" if name == "floor" else palette(i % 10) for i, name in enumerate(names)}
@@ -75,14 +75,14 @@ def write(record: Record, path: Path) -> None:
         layout="constrained",
     )
     for row, allocator in enumerate(allocators):
-        for column, mode in enumerate(_MODES):
+        for column, mode in enumerate(MODES):
             axes = grid[row][column]
             _draw(axes, panels[allocator, mode], colors)
             title = mode if record["environment"]["device_type"] == "cuda" else f"{mode}; {_TITLES[allocator]}"
             axes.set_title(title, fontsize=10)
             axes.set_xlabel("frames of 27x27 tokens")
             axes.set_ylabel("ms (median; band: p10 to p90)")
-    for column, mode in enumerate(_MODES):
+    for column, mode in enumerate(MODES):
         # Limits from the medians: one disturbed sample must not flatten the picture.
         curves = [points for allocator in allocators for points in panels[allocator, mode].values()]
         medians = [m["median_ms"] for points in curves for _, m in points]

@@ -13,63 +13,34 @@ from llava_st_ops import reference
 
 from .clip import Clip, patch_features
 from .loss_peers import fused_losses
-from .peers import available_backends
 from .position_peers import chunked_loss, eager_add, eager_add_in_place, eager_scatter
-from .workloads import Contender, Workload, call_of
+from .workloads import (
+    REFERENCE,
+    Contender,
+    Function,
+    Workload,
+    bytes_of,
+    call_of,
+    describe,
+    on_each_backend,
+    seeded,
+    workload_of,
+)
 
 WIDTH = 3584  # of LLaVA-ST's language model
 ANCHORS = 100
 TOKENS, WORDS = 2700, 152064  # of the loss; the words are Qwen2's
 _EAGER = "eager, as published"
 _TABLES = ("grad_temporal", "grad_height", "grad_width")
-
-
-def _random(shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-
-
-Function = Callable[..., object]
-
-
-def _ours(function: Function, device: torch.device, dtype: torch.dtype) -> dict[str, Function]:
-    """`function` on each of our backends."""
-
-    def on(backend: str) -> Function:
-        def call(*arguments: object) -> object:
-            with llava_st_ops.use_backend(backend):
-                return function(*arguments)
-
-        return call
-
-    reasons = available_backends(device, dtype)
-    return {f"llava_st_ops, {name}": on(name) for name, reason in reasons.items() if not reason}
-
-
-def _bytes(*tensors: Tensor) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _description(
-    name: str, mode: str, dtype: torch.dtype, reason: str, baseline: str, **more: object
-) -> dict[str, object]:
-    dtype_name = str(dtype).removeprefix("torch.")
-    return {
-        "name": f"{name}, {mode}, {dtype_name}",
-        "kind": name.split()[0],
-        "dtype": dtype_name,
-        "mode": mode,
-        "reason": reason,
-        "baseline": baseline,
-        **more,
-    }
+ADDITION = ("output", "grad_features", *_TABLES)
 
 
 @functools.lru_cache(maxsize=1)
 def _features(clip: Clip, frames: int, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], Tensor]:
     """Features and tables, and a gradient."""
     features = patch_features(clip, frames, WIDTH, device).to(dtype)
-    tables = [_random((ANCHORS, WIDTH), seed, dtype, device) for seed in (1, 2, 3)]
-    return [features, *tables], _random(tuple(features.shape), 4, dtype, device)
+    tables = [seeded((ANCHORS, WIDTH), seed, dtype, device) for seed in (1, 2, 3)]
+    return [features, *tables], seeded(tuple(features.shape), 4, dtype, device)
 
 
 def _add_case(device: torch.device) -> tuple[int, torch.dtype]:
@@ -77,22 +48,35 @@ def _add_case(device: torch.device) -> tuple[int, torch.dtype]:
     return (100, torch.bfloat16) if device.type == "cuda" else (40, torch.float32)
 
 
-def _describe_add(mode: str, tensors: list[Tensor], dtype: torch.dtype) -> dict[str, object]:
-    size, tables = _bytes(tensors[0]), _bytes(*tensors[1:])
+def addition_costs(mode: str, features: Tensor, tables: list[Tensor]) -> dict[str, object]:
+    """Bytes of a case."""
+    size, of_tables = bytes_of(features), bytes_of(*tables)
     backward = mode == "forward+backward"
-    frames = tensors[0].shape[1]
-    return _description(
+    return {
+        "bytes_read": size * (2 if backward else 1) + of_tables,
+        "bytes_written": size + (of_tables if backward else 0),
+        "bytes_counted": "features read and the result written once; backward: its gradient read once, those of the "
+        "tables written",
+    }
+
+
+def addition_passes(tensors: list[Tensor], grad: Tensor) -> list[tuple[list[Tensor], list[int]]]:
+    features, *tables = tensors
+    return [([features], [bytes_of(features)]), ([grad], [bytes_of(*tables)])]
+
+
+def _describe_add(mode: str, tensors: list[Tensor], dtype: torch.dtype) -> dict[str, object]:
+    features, *tables = tensors
+    frames = features.shape[1]
+    return describe(
         f"lape_add {frames} frames",
         mode,
         dtype,
         "LLaVA-ST's grid and width",
         _EAGER,
         frames=frames,
-        features_shape=list(tensors[0].shape),
-        bytes_read=size * (2 if backward else 1) + tables,
-        bytes_written=size + (tables if backward else 0),
-        bytes_counted="features read and the result written once; backward: its gradient read once, those of the "
-        "tables written",
+        features_shape=list(features.shape),
+        **addition_costs(mode, features, tables),
     )
 
 
@@ -100,39 +84,21 @@ def add_workload(mode: str, clip: Clip, device: torch.device) -> Workload:
     """`mode`: "forward" or "forward+backward"."""
     frames, dtype = _add_case(device)
     tensors, grad = _features(clip, frames, dtype, device)
-    backward = mode != "forward"
-    inputs = [x.detach().requires_grad_(backward) for x in tensors]
-
-    def contender(name: str, role: str, function: Function) -> Contender:
-        return Contender(name, role, call_of(function, inputs, inputs, (grad,) if backward else None))
-
-    def truth() -> dict[str, Tensor]:
-        wide = [x.detach().double().requires_grad_(backward) for x in tensors]
-        call = call_of(reference.lape_add, wide, wide[1:], (grad.double(),) if backward else None)
-        output, *grads = call()
-        if not backward:
-            return {"output": output}
-        # The gradient of the features is that of the result.
-        return dict(zip(("output", "grad_features", *_TABLES), (output, grad.double(), *grads), strict=True))
-
-    passes = [([tensors[0]], [_bytes(tensors[0])])]
-    if backward:
-        passes.append(([grad], [_bytes(*tensors[1:])]))
-    ours = _ours(llava_st_ops.lape_add, device, dtype)
-    return Workload(
-        description=_describe_add(mode, tensors, dtype),
-        contenders=[
-            *(contender(name, "ours", function) for name, function in ours.items()),
-            contender("reference, PyTorch", "reference", reference.lape_add),
-            contender(_EAGER, "peer", eager_add),
-            contender("eager, compiled", "peer", torch.compile(eager_add, dynamic=False, fullgraph=True)),
-            Contender("clone", "yardstick", lambda: tensors[0].clone(), checked=False),
+    workload = workload_of(
+        _describe_add(mode, tensors, dtype),
+        ADDITION,
+        tensors,
+        (grad,),
+        reference.lape_add,
+        [
+            *on_each_backend(llava_st_ops.lape_add, device, dtype),
+            (_EAGER, "peer", eager_add),
+            ("eager, compiled", "peer", torch.compile(eager_add, dynamic=False, fullgraph=True)),
         ],
-        truth=truth,
-        reference="reference, PyTorch",
-        passes=passes,
-        dtype=dtype,
+        addition_passes(tensors, grad),
     )
+    workload.contenders.append(Contender("clone", "yardstick", lambda: tensors[0].clone(), checked=False))
+    return workload
 
 
 def in_place_workload(clip: Clip, device: torch.device) -> Workload:
@@ -146,17 +112,16 @@ def in_place_workload(clip: Clip, device: torch.device) -> Workload:
         return Contender(name, role, call_of(function, own, own, None))
 
     copy = features.clone()
-    ours = _ours(llava_st_ops.lape_add_, device, dtype)
     return Workload(
         description=_describe_add("in place", tensors, dtype),
         contenders=[
-            *(contender(name, "ours", function) for name, function in ours.items()),
+            *(contender(*ours) for ours in on_each_backend(llava_st_ops.lape_add_, device, dtype)),
             contender(_EAGER, "peer", eager_add_in_place),
-            Contender("reference, PyTorch", "reference", call_of(reference.lape_add, tensors, tensors, None)),
+            Contender(REFERENCE, "reference", call_of(reference.lape_add, tensors, tensors, None)),
             Contender("copy into warm memory", "yardstick", lambda: copy.copy_(features), checked=False),
         ],
         truth=lambda: {"output": reference.lape_add(*(x.double() for x in tensors))},
-        reference="reference, PyTorch",
+        reference=REFERENCE,
         passes=[],
         dtype=dtype,
     )
@@ -167,8 +132,8 @@ def scatter_workload(clip: Clip, device: torch.device) -> Workload:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     samples, length, video, words = 4, 3000, 2520, 32000
     generator = torch.Generator().manual_seed(0)
-    sources = [_random((n, WIDTH), seed, dtype, device) for seed, n in enumerate((words, ANCHORS, ANCHORS, ANCHORS))]
-    sources.append(_random((samples * video, WIDTH), 4, dtype, device))
+    sources = [seeded((n, WIDTH), seed, dtype, device) for seed, n in enumerate((words, ANCHORS, ANCHORS, ANCHORS))]
+    sources.append(seeded((samples * video, WIDTH), 4, dtype, device))
     ids = torch.randint(0, words, (samples, length), generator=generator)
     axis = torch.full((samples, length), -1, dtype=torch.int8)
     axis[:, video::4] = torch.randint(0, 3, axis[:, video::4].shape, generator=generator).to(torch.int8)
@@ -188,25 +153,28 @@ def scatter_workload(clip: Clip, device: torch.device) -> Workload:
     output = torch.empty(samples * length, WIDTH, dtype=dtype, device=device).copy_(plain(*sources))
     eager = "eager, vectorised"
     return Workload(
-        description=_description(
+        description=describe(
             f"lape_scatter {samples} x {length} tokens",
             "forward",
             dtype,
             "a batch of LLaVA-ST's samples: 2,520 visual tokens each, words, and a coordinate every fourth",
             eager,
-            bytes_read=_bytes(output),
-            bytes_written=_bytes(output),
+            bytes_read=bytes_of(output),
+            bytes_written=bytes_of(output),
             bytes_counted="a row read and written per token",
         ),
         contenders=[
-            *(Contender(n, "ours", call_of(f, sources, sources, None)) for n, f in _ours(ours, device, dtype).items()),
-            Contender("reference, PyTorch", "reference", call_of(plain, sources, sources, None)),
+            *(
+                Contender(name, role, call_of(function, sources, sources, None))
+                for name, role, function in on_each_backend(ours, device, dtype)
+            ),
+            Contender(REFERENCE, "reference", call_of(plain, sources, sources, None)),
             Contender(eager, "peer", call_of(lambda *x: eager_scatter(*x, *tokens), sources, sources, None)),
             Contender("clone", "yardstick", lambda: output.clone(), checked=False),
         ],
         truth=lambda: {"output": plain(*(x.double() for x in sources))},
-        reference="reference, PyTorch",
-        passes=[([output], [_bytes(output)])],
+        reference=REFERENCE,
+        passes=[([output], [bytes_of(output)])],
         dtype=dtype,
     )
 
@@ -228,7 +196,7 @@ def _loss_workload(device: torch.device, hard: bool) -> Workload:
     dtype, width, chunk = (torch.bfloat16, WIDTH, 1024) if gpu else (torch.float32, 256, 256)
     generator = torch.Generator().manual_seed(0)
     shapes = [(TOKENS, width), (WORDS, width), *[(ANCHORS, width)] * 3]
-    sources = [_random(s, i, dtype, device).mul_(0.05 if i else 1).requires_grad_() for i, s in enumerate(shapes)]
+    sources = [seeded(s, i, dtype, device).mul_(0.05 if i else 1).requires_grad_() for i, s in enumerate(shapes)]
     axis = torch.randint(-3, 3, (TOKENS,), generator=generator).clamp(min=-1).to(torch.int8)
     labels = torch.randint(0, WORDS, (TOKENS,), generator=generator)
     positions = torch.rand(TOKENS, generator=generator, dtype=torch.float64)
@@ -253,7 +221,7 @@ def _loss_workload(device: torch.device, hard: bool) -> Workload:
 
     others = _fused_contenders(sources, classes.to(device), one) if hard else []
     return Workload(
-        description=_description(
+        description=describe(
             f"coordinate_cross_entropy {TOKENS} tokens x {WORDS} + {3 * ANCHORS} classes, "
             f"{'hard labels, ' if hard else ''}width {width}",
             "forward+backward",
@@ -267,7 +235,10 @@ def _loss_workload(device: torch.device, hard: bool) -> Workload:
             flops_counted="logits and the gradients of both factors; logits that are computed again do not count",
         ),
         contenders=[
-            *(Contender(n, "ours", call_of(f, sources, sources, one)) for n, f in _ours(ours, device, dtype).items()),
+            *(
+                Contender(name, role, call_of(function, sources, sources, one))
+                for name, role, function in on_each_backend(ours, device, dtype)
+            ),
             Contender(baseline, "peer", call_of(lambda *rows: chunked(*rows).float(), sources, sources, one)),
             *others,
         ],

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import llava_st_ops
 
-from . import packer_published, parity
-from .cases import HEAD_DIM, HEADS, Case
-from .clip import Clip, attention_inputs, patch_features
-from .peers import Implementation, implementations
+from .peers import available_backends
 
 Call = Callable[[], tuple[Tensor, ...]]
 
@@ -75,120 +69,88 @@ def call_of(
     return forward if grads is None else forward_and_backward
 
 
-# The forward case and the one with the backward pass follow each other and share tensors and truth.
-@functools.lru_cache(maxsize=1)
-def _tensors(
-    clip: Clip, frames: int, region: tuple[int, int, int], dtype: torch.dtype, device: torch.device
-) -> tuple[list[Tensor], Tensor]:
-    """query, key and value, and a gradient of the output."""
-    inputs = list(attention_inputs(clip, frames, region, HEADS, HEAD_DIM, dtype, device))
-    generator = torch.Generator().manual_seed(4)
-    return inputs, torch.randn(inputs[0].shape, generator=generator).to(device, dtype)
+Function = Callable[..., object]
 
 
-@functools.lru_cache(maxsize=1)
-def _truth(
-    clip: Clip, frames: int, region: tuple[int, int, int], dtype: torch.dtype, device: torch.device
-) -> dict[str, Tensor]:
-    inputs, grad_output = _tensors(clip, frames, region, dtype, device)
-    return parity.truth(*inputs, grad_output, region)
+def seeded(shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Random numbers, the same on every device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
-def attention_workload(case: Case, clip: Clip, device: torch.device) -> Workload:
-    key = (clip, case.frames, case.region, case.dtype, device)
-    tensors, grad_output = _tensors(*key)
-    backward = case.mode != "forward"
-    inputs = [x.detach().requires_grad_(backward) for x in tensors]
+def on_each_backend(function: Function, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str, Function]]:
+    """Name, role and `function` of each of our backends."""
 
-    def contender(way: Implementation) -> Contender:
-        if way.attention is None:
-            return Contender(way.name, way.role, None, way.reason)
-        call = call_of(way.attention, inputs, inputs, (grad_output,) if backward else None)
-        return Contender(way.name, way.role, call)
+    def on(backend: str) -> Function:
+        def call(*arguments: object) -> object:
+            with llava_st_ops.use_backend(backend):
+                return function(*arguments)
 
-    def truth() -> dict[str, Tensor]:
-        found = _truth(*key)
-        return found if backward else {"output": found["output"]}
+        return call
 
-    tensors_read = [tensors, [*tensors, grad_output]]
-    return Workload(
-        description=case.describe(),
-        contenders=[contender(way) for way in implementations(case, device)],
-        truth=truth,
-        reference="reference, PyTorch",
-        passes=[(read, written) for read, (_, written) in zip(tensors_read, case.passes(), strict=False)],
-        dtype=case.dtype,
-    )
+    reasons = available_backends(device, dtype)
+    return [(f"llava_st_ops, {name}", "ours", on(name)) for name, reason in reasons.items() if not reason]
 
 
-def packer_workload(mode: str, clip: Clip, device: torch.device, dtype: torch.dtype) -> Workload:
-    """The whole Spatial-Temporal Packer, projections included, against the published modules with the same weights."""
-    gpu = device.type == "cuda"
-    frames, visual_dim, embed_dim = (100, 3584, 1024) if gpu else (5, 256, 1024)
-    reason = (
-        "LLaVA-ST's own sizes"
-        if gpu
-        else "LLaVA-ST's attention width and heads, but 5 of its 100 frames and 256 of its 3584 features, "
-        "which a CPU can afford"
-    )
-    published = packer_published.seeded(visual_dim, embed_dim, HEADS)
-    ours = {}
-    for execution in ("folded", "direct"):
-        packer = llava_st_ops.nn.SpatialTemporalPacker(visual_dim, embed_dim, HEADS, execution=execution)
-        packer.load_state_dict(published.state_dict())
-        ours[f"llava_st_ops.nn packer, {execution}"] = packer.to(device, dtype)
-    published = published.to(device, dtype)
-    backward = mode != "forward"
-    features = patch_features(clip, frames, visual_dim, device).to(dtype).requires_grad_(backward)
-    generator = torch.Generator().manual_seed(5)
-    shapes = [(1, frames // 5, 9, 9, visual_dim), (1, frames, 3, 3, visual_dim)]
-    grads = tuple(torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+def bytes_of(*tensors: Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def call(module: torch.nn.Module, inputs: Tensor, given: tuple[Tensor, ...]) -> Call:
-        return call_of(module, [inputs], [inputs, *module.parameters()], given if backward else None)
 
-    def truth() -> dict[str, Tensor]:
-        exact = copy.deepcopy(published).double()
-        inputs = features.detach().double().requires_grad_(backward)
-        results = call(exact, inputs, tuple(g.double() for g in grads))()
-        # Gradients of the weights are timed; compared is that of the features, which runs through all of them.
-        return dict(zip(("slow", "fast", "grad_features"), results, strict=False))
-
+def describe(name: str, mode: str, dtype: torch.dtype, reason: str, baseline: str, **more: object) -> dict[str, object]:
+    """Of a case whose name begins with its kind."""
     dtype_name = str(dtype).removeprefix("torch.")
-    baseline = "published packer, eager"
-    description = {
-        "name": f"packer {frames} frames, visual_dim {visual_dim}, {mode}, {dtype_name}",
-        "kind": "packer",
-        "frames": frames,
+    return {
+        "name": f"{name}, {mode}, {dtype_name}",
+        "kind": name.split()[0],
         "dtype": dtype_name,
         "mode": mode,
-        "features_shape": list(features.shape),
-        "embed_dim": embed_dim,
-        "heads": HEADS,
         "reason": reason,
-        "flops": _flops(visual_dim, embed_dim, tuple(features.shape), backward),
-        "flops_counted": "matrix products of the published way, by torch.utils.flop_counter",
         "baseline": baseline,
+        **more,
     }
+
+
+REFERENCE = "reference, PyTorch"
+
+
+def workload_of(
+    description: dict[str, object],
+    names: Sequence[str],
+    tensors: Sequence[Tensor],
+    grads: tuple[Tensor, ...],
+    plain: Function,
+    contenders: Sequence[tuple[str, str, Function]],
+    passes: Sequence[tuple[list[Tensor], list[int]]] = (),
+    rounds: int | None = None,
+) -> Workload:
+    """Of functions of the same tensors; where the case's mode says so, with the gradients of all of these.
+
+    Args:
+        description: of the case.
+        names: of the results, then of the gradients.
+        tensors: what the functions take.
+        grads: gradients of the results.
+        plain: the reference, which is the truth, too, in float64.
+        contenders: name, role and function of the others.
+        passes: of the forward and of the backward pass, see `Workload`.
+        rounds: see `Workload`.
+    """
+    backward = description["mode"] != "forward"
+    inputs = [x.detach().requires_grad_(backward) for x in tensors]
+
+    def truth() -> dict[str, Tensor]:
+        exact = [x.detach().double().requires_grad_(backward) for x in tensors]
+        results = call_of(plain, exact, exact, tuple(g.double() for g in grads) if backward else None)()
+        return dict(zip(names, results, strict=False))
+
     return Workload(
         description=description,
         contenders=[
-            *(Contender(name, "ours", call(packer, features, grads)) for name, packer in ours.items()),
-            Contender(baseline, "peer", call(published, features, grads)),
+            Contender(name, role, call_of(function, inputs, inputs, grads if backward else None))
+            for name, role, function in (*contenders, (REFERENCE, "reference", plain))
         ],
         truth=truth,
-        reference=baseline,
-        passes=[],
-        dtype=dtype,
+        reference=REFERENCE,
+        passes=list(passes[: 2 if backward else 1]),
+        dtype=tensors[0].dtype,
+        rounds=rounds,
     )
-
-
-def _flops(visual_dim: int, embed_dim: int, shape: tuple[int, ...], backward: bool) -> int:
-    with torch.device("meta"):
-        module = packer_published.PublishedSpatialTemporalPacker(visual_dim, embed_dim, HEADS)
-        features = torch.empty(shape, requires_grad=backward)
-    with FlopCounterMode(display=False) as counter:
-        outputs = module(features)
-        if backward:
-            sum(output.sum() for output in outputs).backward()  # the counter cannot follow torch.autograd.grad
-    return counter.get_total_flops()

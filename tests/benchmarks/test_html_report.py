@@ -10,8 +10,10 @@ import pytest
 
 from benchmarks import record as records
 from benchmarks.environment import ROOT
+from benchmarks.integration_workloads import AFTER, BEFORE
 from benchmarks.measure import summarise
 from benchmarks.site import __main__ as command
+from benchmarks.site import integrations
 from benchmarks.site.archive import Archive
 from benchmarks.site.comparisons import changes, comparisons
 from benchmarks.site.markup import TIMES as X
@@ -20,7 +22,14 @@ from benchmarks.site.readme import tables
 
 RESULTS = ROOT / "benchmarks" / "results"
 CASE = "spatial 40 frames, forward, float32"
-ROLES = {"ours, cpu": "ours", "ours, other": "ours", "eager": "peer", "compiled": "peer", "floor: plain": "floor"}
+ROLES = {
+    "ours, cpu": "ours",
+    AFTER: "ours",
+    "ours, other": "ours",
+    "eager": "peer",
+    "compiled": "peer",
+    "floor: plain": "floor",
+}
 
 
 def measured(case, name, milliseconds, allocator="default", spread=0.1):
@@ -272,22 +281,35 @@ def test_tables_of_the_readme(tmp_path):
     assert "[1] `benchmarks/results/a.json`, commit 0100aa11bb22, 2026-01-01, torch 2.13.0, load average 0.5" in text
 
 
+def test_table_of_integrations(tmp_path):
+    case = described("Packer, forward", kind="integration", baseline=BEFORE)
+    found = run("2026-01-01", {case["name"]: {AFTER: 2.0, BEFORE: 3.0}}, cases={case["name"]: case})
+    text = integrations.table(archive_of(tmp_path, a=found))
+    assert "commit 0100aa11bb22; `benchmarks/results/a.json`." in text
+    assert f"| Packer, forward | 3.00 ms (2.76..3.24 ms) | 2.00 ms (1.84..2.16 ms) | 1.50{X} | 0.50 | 3 MiB → 3 MiB |" in text
+    assert "**GPU**: no record." in text
+    level = run("2026-01-02", {case["name"]: {AFTER: 2.8, BEFORE: 3.0}}, cases={case["name"]: case})
+    assert f"1.07{X}, within the spread" in integrations.table(archive_of(tmp_path, b=level))
+
+
 README = "# Title\n\n<!-- benchmark:begin -->\n\nold\n\n<!-- benchmark:end -->\n\nafter\n"
 
 
-def test_the_command_writes_both_and_checks_both(tmp_path, capsys):
+def test_the_command_writes_all_and_checks_all(tmp_path, capsys):
     (results := tmp_path / "results").mkdir()
     archive_of(results, a=run("2026-01-01", {CASE: TIMES}))
-    out, readme = tmp_path / "report.html", tmp_path / "README.md"
+    out, readme, page_of_modules = (tmp_path / name for name in ("report.html", "README.md", "modules.md"))
     readme.write_text(README)
+    page_of_modules.write_text(README.replace("benchmark:", "times:"))
     arguments = ["--results", str(results), "--out", str(out), "--readme", str(readme)]
+    arguments += ["--integrations", str(page_of_modules)]
     assert command.main([*arguments, "--check"]) == 1
     assert not out.exists()
     assert readme.read_text() == README
     assert command.main(arguments) == 0
     assert command.main([*arguments, "--check"]) == 0
     assert 'href="results/a.json"' in out.read_text()
-    assert "old" not in readme.read_text()
+    assert "old" not in readme.read_text() + page_of_modules.read_text()
     assert readme.read_text().endswith("<!-- benchmark:end -->\n\nafter\n")
     archive_of(results, b=run("2026-01-02", {CASE: TIMES | {"ours, cpu": 5.0}}))
     capsys.readouterr()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import folding_error, folding_report, path_workloads
+from benchmarks.cases import MODES
 from benchmarks.kept_memory import kept_channels, ways
 from benchmarks.path_published import PublishedPath, tokenizer_like
 
@@ -34,7 +35,7 @@ def test_workload(monkeypatch):
     monkeypatch.setattr(
         path_workloads, "patch_features", lambda clip, frames, width, device: torch.randn(1, frames, 27, 27, width)
     )
-    for mode in path_workloads.MODES:
+    for mode in MODES:
         workload = path_workloads.path_workload(5, mode, None, torch.device("cpu"))
         truth = workload.truth()
         for contender in workload.contenders:

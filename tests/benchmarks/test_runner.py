@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import runner, workloads
+from benchmarks import packer_workload, runner, workloads
+from benchmarks.attention_workload import attention_workload
 from benchmarks.cases import Case
 from benchmarks.clip import Clip, attention_inputs, default_clip, open_clip, patch_features
 from benchmarks.measure import CpuTimer, Rounds
@@ -117,9 +118,7 @@ def test_failures_become_reasons_and_the_rest_is_measured():
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
 def test_an_attention_case_of_a_clip(clip, mode):
     case = Case(2, (1, 3, 3), torch.bfloat16, mode, "small")  # on a CPU bfloat16 leaves the compiled peers out
-    found = runner.run(
-        workloads.attention_workload(case, clip, CPU), CPU, CpuTimer(settle_s=0), SETTINGS, lambda _: None
-    )
+    found = runner.run(attention_workload(case, clip, CPU), CPU, CpuTimer(settle_s=0), SETTINGS, lambda _: None)
     ours = [m for m in found if m["role"] == "ours"]
     assert ours
     assert all(m["within_tolerance"] for m in ours)
@@ -130,13 +129,13 @@ def test_an_attention_case_of_a_clip(clip, mode):
 
 def test_the_floor_moves_the_bytes_that_the_case_counts(clip):
     case = Case(2, (1, 3, 3), torch.bfloat16, "forward+backward", "small")
-    passes = workloads.attention_workload(case, clip, CPU).passes
+    passes = attention_workload(case, clip, CPU).passes
     assert sum(x.numel() * x.element_size() for read, _ in passes for x in read) == case.bytes_read
     assert sum(sum(written) for _, written in passes) == case.bytes_written
 
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_flops_of_the_packer_grow_with_frames(backward):
-    once = workloads._flops(16, 32, (1, 5, 27, 27, 16), backward)
+    once = packer_workload._flops(16, 32, (1, 5, 27, 27, 16), backward)
     assert once > 0
-    assert workloads._flops(16, 32, (1, 10, 27, 27, 16), backward) == 2 * once
+    assert packer_workload._flops(16, 32, (1, 10, 27, 27, 16), backward) == 2 * once
