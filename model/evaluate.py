@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with launched_processes() as processes:
             try:
                 _predict(options, samples, out, processes)
-            except (PredictionFileError, FileInUseError) as error:
+            except (OSError, PredictionFileError, FileInUseError) as error:
                 parser.error(str(error))
             if processes.rank > 0:
                 return 0

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .data.failures import TooManyFailuresError
+from .training.errors import NonFiniteLossError
 from .training.settings import published_stages, read_settings
 
 
@@ -24,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         data = options.data or _synthesized(options.out / "data", options.clips, settings.seed)
         print(run_stage(settings, options.model, data, options.out, options.folder, evaluate))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, NonFiniteLossError, TooManyFailuresError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 1
     return 0

@@ -31,8 +31,7 @@ def _of_record(results: list[Result]) -> str:
         f"{environment['date'][:10]}, commit {environment['commit'][:12]}; "
         f"`benchmarks/results/{file}`.",
         "",
-        "| module | published (p10..p90) | accelerated (p10..p90) | times faster | error / published's | "
-        "peak memory |",
+        "| module | published (p10..p90) | accelerated (p10..p90) | times faster | error / published's | peak memory |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     return "\n".join([*rows, *map(_row, results)])

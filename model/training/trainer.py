@@ -26,15 +26,12 @@ from ..data.order import EpochSampler
 from ..modeling_llava_st import LlavaStForConditionalGeneration
 from .arguments import training_arguments
 from .checkpoints import optimizer_state, optimizer_tensors, read_tensors, write_checkpoint
+from .errors import NonFiniteLossError
 from .losses import StepLoss, count_items, counts_samples, merge_totals
 from .progress import Meter, combine, plot
 from .settings import StageSettings
 from .sharding import like, set_parameter, whole_tensor
 from .trainable import Trainable, optimizer_groups
-
-
-class NonFiniteLossError(RuntimeError):
-    """A loss or gradient is NaN or infinite."""
 
 
 class StageTrainer(Trainer):

@@ -114,6 +114,13 @@ def test_files_without_usable_records(tmp_path, capsys):
     assert "record 0: video_path: expected this field" in error
 
 
+def test_a_folder_without_a_model(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        data = data_for("rec", tmp_path)
+        evaluate.main(["--task", "rec", "--data", str(data), "--media", str(tmp_path), "--model", str(tmp_path)])
+    assert "no file named" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_scoring_alone_needs_no_model(tmp_path, command, monkeypatch, capsys):
     data = data_for("tvg", tmp_path)
     first = command("tvg", data)

@@ -96,10 +96,15 @@ def test_what_is_wrong_is_said_in_a_line(tmp_path, data, capsys):
     assert main([*arguments, "--set", "deepspeed=zero2.json"]) == 1
     assert main([*arguments, "--evaluate", "llava_st.nothing:here"]) == 1
     assert main([*arguments, "--set", "sharding=fsdp2", "bf16=false"]) == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.startswith("train: ") for line in lines] == [True] * 3
+    records = json.loads(data.read_text())
+    records[3]["image"] = "missing.png"
+    data.write_text(json.dumps(records))
+    assert main([*arguments, "--set", *FAST]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train: ")]
+    assert len(lines) == 4
     assert "FSDP2" in lines[0]
     assert "torchrun" in lines[2]
+    assert "max_failure_share" in lines[3]
 
 
 def test_without_data_clips_are_rendered_and_tensorboard_is_told(tmp_path):

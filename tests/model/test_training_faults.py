@@ -12,7 +12,7 @@ import pytest
 import torch
 from llava_st.training import checkpoints
 from llava_st.training.checkpoints import damage, last_checkpoint, read_tensors, write_checkpoint
-from llava_st.training.trainer import NonFiniteLossError
+from llava_st.training.errors import NonFiniteLossError
 
 from tests.model.training_runs import forkserver, losses, recorded_losses, tiny_trainer, train_until_killed
 
