@@ -286,7 +286,10 @@ def test_table_of_integrations(tmp_path):
     found = run("2026-01-01", {case["name"]: {AFTER: 2.0, BEFORE: 3.0}}, cases={case["name"]: case})
     text = integrations.table(archive_of(tmp_path, a=found))
     assert "commit 0100aa11bb22; `benchmarks/results/a.json`." in text
-    assert f"| Packer, forward | 3.00 ms (2.76..3.24 ms) | 2.00 ms (1.84..2.16 ms) | 1.50{X} | 0.50 | 3 MiB → 3 MiB |" in text
+    assert (
+        f"| Packer, forward | 3.00 ms (2.76..3.24 ms) | 2.00 ms (1.84..2.16 ms) | 1.50{X} | 0.50 | 3 MiB → 3 MiB |"
+        in text
+    )
     assert "**GPU**: no record." in text
     level = run("2026-01-02", {case["name"]: {AFTER: 2.8, BEFORE: 3.0}}, cases={case["name"]: case})
     assert f"1.07{X}, within the spread" in integrations.table(archive_of(tmp_path, b=level))

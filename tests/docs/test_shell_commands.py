@@ -88,9 +88,11 @@ def test_command_runs(written, world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [module, *arguments, *(_of(COMMANDS[written], _BESIDES) or [])])
     for name in [name for name in sys.modules if name == module]:
         monkeypatch.delitem(sys.modules, name)  # as in a new process
+    code = None
     try:
         runpy.run_module(module, run_name="__main__")
     except SystemExit as end:
-        assert not end.code, capsys.readouterr().err
+        code = end.code
+    assert not code, capsys.readouterr().err
     if "OUT" in arguments and "--dry-run" not in arguments:
         assert list((tmp_path / "OUT").iterdir())

@@ -115,8 +115,8 @@ def test_files_without_usable_records(tmp_path, capsys):
 
 
 def test_a_folder_without_a_model(tmp_path, capsys):
+    data = data_for("rec", tmp_path)
     with pytest.raises(SystemExit):
-        data = data_for("rec", tmp_path)
         evaluate.main(["--task", "rec", "--data", str(data), "--media", str(tmp_path), "--model", str(tmp_path)])
     assert "no file named" in capsys.readouterr().err.splitlines()[-1]
 
