@@ -16,17 +16,26 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .checkpoints import memory
+from .checkpoints.beginning import begin
 from .checkpoints.evidence import Finding, conclude, describe, examine
 from .checkpoints.lora import Adapted, GrownRows
 from .checkpoints.merge import merge_checkpoint
 from .checkpoints.names import EMBEDDING, HEAD, is_unused, to_ours, to_published
 from .checkpoints.published import full_size_config
 from .checkpoints.reading import CheckpointError, Tensors, WeightFiles, open_folder, read_json
-from .checkpoints.settings import MODE, read_config, read_num_bins, read_published, vocab_size, write_config
+from .checkpoints.settings import (
+    MODE,
+    packer_settings,
+    read_config,
+    read_num_bins,
+    read_published,
+    vocab_size,
+    write_config,
+)
 from .checkpoints.skeleton import check_shapes, expected_shapes, load_config, skeleton
 from .checkpoints.tokens import add_tokens, lacks_templates, load_tokenizer, read_token_ids, tokenizer_files
 from .checkpoints.writing import MAX_SHARD_BYTES, new_folder, write_json, write_safetensors, write_shards
-from .configuration_llava_st import TEMPLATE_TOKENS, LlavaStConfig
+from .configuration_llava_st import TEMPLATE_TOKENS, VISUAL_TOKENS, LlavaStConfig
 
 # In a converted checkpoint: the published config.json, and tensors that are no part of the model, for the way back.
 _KEPT, _UNUSED = "published", "unused.safetensors"
@@ -87,6 +96,7 @@ def from_published(
     allow_pickle: bool = False,
     compat: str | None = None,
     upgrade: bool = False,
+    new_packer: int | None = None,
 ) -> Conversion:
     """Opens and checks a published checkpoint; nothing is written.
 
@@ -96,6 +106,9 @@ def from_published(
         allow_pickle: whether `.bin` files are read.
         compat: the mode, against the evidence or without any; None: as the weights say, all of them.
         upgrade: makes a `"paper"` model of a `"released"` one; the notes name what it lacks.
+        new_packer: the source is LLaVA-OneVision, which the first stage of training begins with: it gets a packer that
+            is not trained, from this seed, and rows for LLaVA-ST's tokens. The mode is `"paper"` unless `compat` says
+            otherwise.
 
     Raises:
         CheckpointError: anything is not as published, or the evidence is mixed.
@@ -104,6 +117,10 @@ def from_published(
     tensors: Tensors = open_folder(source, allow_pickle)
     tokenizer = load_tokenizer(source)
     notes = []
+    if new_packer is not None:
+        tensors = begin(tensors, list(tokenizer.get_vocab()), new_packer)
+        published = {**published, **packer_settings(tensors.specs)}
+        notes.append(f"packer: new, seed {new_packer}; rows added: {len(VISUAL_TOKENS)} for visual tokens")
     if lacks_templates(tokenizer):
         if missing := [name for name in (EMBEDDING, HEAD) if name not in tensors.specs]:
             raise CheckpointError(f"missing: {', '.join(missing)}")
@@ -124,8 +141,12 @@ def from_published(
         notes.append(f"not part of the model, kept aside: {', '.join(unused)}")
     used = {name: spec for name, spec in tensors.specs.items() if name not in unused}
     check_shapes(used, {to_published(name): shape for name, shape in expected_shapes(skeleton(config)).items()})
-    findings = examine(tensors, ids, config.lape)
-    mode, reason = _decide(findings, published.get(MODE), compat)
+    if new_packer is None:
+        findings = examine(tensors, ids, config.lape)
+        mode, reason = _decide(findings, published.get(MODE), compat)
+    else:
+        findings = [Finding(None, "nothing of LLaVA-ST is trained yet")]
+        mode, reason = compat or "paper", "the mode of a new model is as one wishes (--compat)"
     notes.insert(0, reason)
     config.compat = mode
     if upgrade:
@@ -205,6 +226,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--allow-pickle", action="store_true", help="read .bin files, as weights alone")
     parser.add_argument("--compat", choices=("released", "paper"), help="the mode, whatever the weights say")
     parser.add_argument("--upgrade", choices=("paper",), help="of released weights, make a model to be trained anew")
+    parser.add_argument(
+        "--new-packer",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="SEED",
+        help="the source is LLaVA-OneVision, with which the first stage begins: add a packer that is not trained",
+    )
     parser.add_argument("--max-shard-size", type=float, default=MAX_SHARD_BYTES / 1e9, metavar="GB", help="default: 5")
     return parser
 
@@ -218,8 +247,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--dry-run takes no out folder" if options.dry_run else "expected an out folder")
     if options.max_shard_size <= 0:
         parser.error(f"--max-shard-size must be positive, got {options.max_shard_size}")
-    if (options.to_published or options.merge) and (options.lora or options.compat or options.upgrade):
-        parser.error("--lora, --compat and --upgrade are for published checkpoints")
+    begins = options.new_packer is not None
+    if (options.to_published or options.merge) and (options.lora or options.compat or options.upgrade or begins):
+        parser.error("--lora, --compat, --upgrade and --new-packer are for published checkpoints")
+    if begins and (options.lora or options.upgrade):
+        parser.error("--new-packer: LLaVA-OneVision has neither later stages nor a mode to be upgraded")
     try:
         _run(options, int(options.max_shard_size * 1e9))
     except (CheckpointError, OSError) as error:
@@ -242,6 +274,7 @@ def _run(options: argparse.Namespace, max_shard_bytes: int) -> None:
             allow_pickle=options.allow_pickle,
             compat=options.compat,
             upgrade=options.upgrade == "paper",
+            new_packer=options.new_packer,
         )
         print(conversion.report)
         if options.dry_run:

@@ -17,7 +17,9 @@ from .reading import CheckpointError, TensorSpec, read_json
 MODE = "llava_st_compat"  # our key in a published config.json: its weights cannot always tell
 _ARCHITECTURE, _LANGUAGE_MODEL = "LlavaQwenForCausalLM", "qwen2"
 # What the published code does not keep in config.json.
-_VISION_HEADS, _PACKER_HEADS, _NUM_FRAMES, _TEMPORAL_FACTOR = 16, 8, 100, 5
+PACKER_HEADS = 8
+_VISION_HEADS, _NUM_FRAMES, _TEMPORAL_FACTOR = 16, 100, 5
+_SPATIAL_FACTOR = 3  # of the spatial and of the fast packer
 _TOWER = "model.vision_tower.vision_tower.vision_model."
 _PLACES = f"{_TOWER}embeddings.position_embedding.weight"
 _NORM = "model.vision_resampler.token_packer.devide_attention.ln_q.weight"
@@ -38,6 +40,16 @@ def read_published(folder: Path) -> dict[str, Any]:
     if not isinstance(settings.get("rope_theta"), int | float):
         raise CheckpointError(f"{path}: rope_theta: expected a number, got {settings.get('rope_theta')!r}")
     return settings
+
+
+def packer_settings(specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
+    """What a published `config.json` says of the published packers; that of LLaVA-OneVision lacks it."""
+    packed = math.isqrt(_shape(specs, _PLACES, 2)[0]) // _SPATIAL_FACTOR
+    return {
+        "mm_resampler_type": "fast_slow_resampler",
+        "mm_perceiver_latents": packed**2,
+        "mm_perceiver_latents_fast": (packed // _SPATIAL_FACTOR) ** 2,
+    }
 
 
 def has_lape(specs: Mapping[str, TensorSpec]) -> bool:
@@ -78,7 +90,7 @@ def read_config(
         num_bins=read_num_bins(specs),
         num_frames=_NUM_FRAMES,
         packer_dim=_shape(specs, _NORM, 1)[0],
-        packer_heads=_PACKER_HEADS,
+        packer_heads=PACKER_HEADS,
         temporal_factor=_TEMPORAL_FACTOR,
         dtype=str(specs[EMBEDDING].dtype).removeprefix("torch."),
         **factors,
@@ -103,7 +115,7 @@ def write_config(config: LlavaStConfig, published: Mapping[str, Any]) -> dict[st
         "pack_images": (config.pack_images, False),
         "num_frames": (config.num_frames, _NUM_FRAMES),
         "temporal_factor": (config.temporal_factor, _TEMPORAL_FACTOR),
-        "packer_heads": (config.packer_heads, _PACKER_HEADS),
+        "packer_heads": (config.packer_heads, PACKER_HEADS),
         "vision_config.num_attention_heads": (vision.num_attention_heads, _VISION_HEADS),
         "spatial_factor, fast_factor: rows of the grids": ((packed, fast), (int(packed), int(fast))),
         "num_bins: of height and width": (config.num_bins[1], config.num_bins[2]),

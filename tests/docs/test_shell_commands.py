@@ -12,6 +12,7 @@ import pytest
 from llava_st.convert import main as convert
 
 from tests.model.published_layout import SMALL, VISUAL_TOKENS, published_tensors, write_checkpoint, write_stage
+from tests.model.test_beginning import write_onevision
 from tests.model.test_lora import random_adapters, trained_with
 from tests.model.training_records import make_record, write_records
 
@@ -62,6 +63,7 @@ def world(tmp_path_factory) -> Path:
     shutil.copy(folder / "clip.mp4", folder / "VIDEOS")
     write_checkpoint(folder / "OFFICIAL_DIR", published_tensors(SMALL, "released"))
     assert convert([str(folder / name) for name in ("OFFICIAL_DIR", "CONVERTED")]) == 0
+    write_onevision(folder / "ONEVISION_DIR")
     first = published_tensors(SMALL, "released", lape=False)
     write_checkpoint(folder / "STAGE1_DIR", first, added=VISUAL_TOKENS)
     for stage in (2, 3):
