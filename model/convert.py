@@ -228,12 +228,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--upgrade", choices=("paper",), help="of released weights, make a model to be trained anew")
     parser.add_argument(
         "--new-packer",
-        type=int,
-        nargs="?",
-        const=0,
-        metavar="SEED",
+        action="store_true",
         help="the source is LLaVA-OneVision, with which the first stage begins: add a packer that is not trained",
     )
+    parser.add_argument("--seed", type=int, default=0, help="of a new packer; default: %(default)s")
     parser.add_argument("--max-shard-size", type=float, default=MAX_SHARD_BYTES / 1e9, metavar="GB", help="default: 5")
     return parser
 
@@ -247,10 +245,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--dry-run takes no out folder" if options.dry_run else "expected an out folder")
     if options.max_shard_size <= 0:
         parser.error(f"--max-shard-size must be positive, got {options.max_shard_size}")
-    begins = options.new_packer is not None
-    if (options.to_published or options.merge) and (options.lora or options.compat or options.upgrade or begins):
+    asked = options.lora or options.compat or options.upgrade or options.new_packer
+    if (options.to_published or options.merge) and asked:
         parser.error("--lora, --compat, --upgrade and --new-packer are for published checkpoints")
-    if begins and (options.lora or options.upgrade):
+    if options.new_packer and (options.lora or options.upgrade):
         parser.error("--new-packer: LLaVA-OneVision has neither later stages nor a mode to be upgraded")
     try:
         _run(options, int(options.max_shard_size * 1e9))
@@ -274,7 +272,7 @@ def _run(options: argparse.Namespace, max_shard_bytes: int) -> None:
             allow_pickle=options.allow_pickle,
             compat=options.compat,
             upgrade=options.upgrade == "paper",
-            new_packer=options.new_packer,
+            new_packer=options.seed if options.new_packer else None,
         )
         print(conversion.report)
         if options.dry_run:

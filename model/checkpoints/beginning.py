@@ -38,7 +38,7 @@ def begin(base: Tensors, tokens: Sequence[str], seed: int) -> Tensors:
         rows = base.specs[name].shape[0] if name in base.specs else 0
         if rows < len(tokens):
             raise CheckpointError(
-                f"{name}: expected a row for each of the tokenizer's {len(tokens)} tokens, got {rows}"
+                f"{name}: expected rows for the tokenizer's {len(tokens)} tokens, got {rows}"
             )
     grown = GrownRows(_FirstRows(base, (EMBEDDING, HEAD), len(tokens)), (EMBEDDING, HEAD), len(VISUAL_TOKENS))
     return _WithPacker(grown, seed)

@@ -43,7 +43,7 @@ def onevision(tmp_path):
 
 
 def test_what_is_there_stays_and_what_is_new_is_as_initialised(onevision, tmp_path, capsys):
-    assert main([str(onevision), str(tmp_path / "out"), "--new-packer", "3"]) == 0
+    assert main([str(onevision), str(tmp_path / "out"), "--new-packer", "--seed", "3"]) == 0
     assert "packer: new, seed 3; rows added: 8 for visual tokens" in capsys.readouterr().out
     model, info = LlavaStForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -100,7 +100,7 @@ def test_what_cannot_begin(tmp_path, onevision, capsys):
     for source, message in (
         (tokens, "the tokenizer has <im_start> already"),
         (packer, "has a packer already"),
-        (few, "expected a row for each of the tokenizer's 265 tokens, got 264"),
+        (few, "expected rows for the tokenizer's 265 tokens, got 264"),
     ):
         assert main([str(source), str(tmp_path / "out"), "--new-packer"]) == 1
         assert message in capsys.readouterr().err
