@@ -101,6 +101,17 @@ def folding_error(file: str, record: Record) -> Rows:
     ]
 
 
+def record_memory(file: str, record: Record) -> Rows:
+    found = record["growth"]
+    return [
+        paragraph(
+            f"{found['records']:,} records of training data, {found['characters'] / 1e9:.1f} GB of text, take "
+            f"{found['grown_bytes'] / 1e6:.0f} MB of resident memory and {found['seconds']:.0f} s. ",
+            source(file),
+        )
+    ]
+
+
 def mutation(file: str, record: Record) -> Rows:
     tests = record["tests with a mutant"]
     rows = [[name, f"{count}"] for name, count in tests.items()]
@@ -149,6 +160,7 @@ _KNOWN: dict[str, tuple[str, str, Callable[[str, Record], Rows]]] = {
     ),
     "folding_error.json": ("Rounding of the folded path", "python -m benchmarks.folding_error", folding_error),
     "synthesis.json": ("Synthetic clips", "python -m benchmarks.synthesis", synthesis),
+    "record_memory.json": ("A million training records", "python -m benchmarks.record_memory", record_memory),
     "walk_through.json": (
         "From an empty environment to a module of one's own",
         "python -m benchmarks.walk_through",

@@ -37,9 +37,7 @@ def begin(base: Tensors, tokens: Sequence[str], seed: int) -> Tensors:
     for name in (EMBEDDING, HEAD):
         rows = base.specs[name].shape[0] if name in base.specs else 0
         if rows < len(tokens):
-            raise CheckpointError(
-                f"{name}: expected rows for the tokenizer's {len(tokens)} tokens, got {rows}"
-            )
+            raise CheckpointError(f"{name}: expected rows for the tokenizer's {len(tokens)} tokens, got {rows}")
     grown = GrownRows(_FirstRows(base, (EMBEDDING, HEAD), len(tokens)), (EMBEDDING, HEAD), len(VISUAL_TOKENS))
     return _WithPacker(grown, seed)
 

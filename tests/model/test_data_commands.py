@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import signal
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,13 +16,13 @@ from llava_st.coordinate_text import VARIABLES, CoordinateText, read
 from llava_st.data.__main__ import main
 from llava_st.data.check import Checked, _check, _in_processes, check
 from llava_st.data.convert import AmbiguousError, convert_file, to_numbers, to_tokens
-from llava_st.data.order import EpochSampler
 from llava_st.data.records import RecordError, turns_of
 from llava_st.data.sources import Source, read_sources
 from llava_st.data.table import Entry, RecordTable
-from llava_st.data.training import TrainingData
 from llava_st.geometry import Box, Instant, TimeSpan, Tube
 from PIL import Image
+
+from benchmarks.record_memory import growth
 
 from .clips import moving_square, write_video
 from .training_records import make_record, write_records
@@ -314,32 +311,10 @@ def test_an_interrupted_conversion_leaves_the_old_file(tmp_path):
     assert sorted(each.name for each in tmp_path.iterdir()) == ["a.json", "b.json"]
 
 
-def read_all(path: Path, cache: Path) -> tuple[int, int]:
-    """How many records there are and their bytes. Reads each in any order and in its own, some as samples."""
-    data = TrainingData(path, load=None, cache_dir=cache)
-    for index in EpochSampler(len(data)):
-        data.table[index]
-        if index % 7 == 0:
-            data[index]
-    return len(data), sum(len(entry.text) for entry in data.table)
-
-
-def growth(few: Path, many: Path, cache: Path) -> tuple[int, int, float]:
-    """What `read_all` says of many records, and how much more memory, in MB, is resident than after a few."""
-    read_all(few, cache)
-    process = psutil.Process()
-    before = process.memory_info().rss
-    count, size = read_all(many, cache)
-    return count, size, (process.memory_info().rss - before) / 1e6
-
-
 def test_memory_does_not_grow_with_the_records(tmp_path):
-    """A million records may take 200 MB; these take no more than their share, and of their text not a fifth."""
-    count = int(os.environ.get("LLAVA_ST_RECORDS", "10000"))
-    answer, paths = "word " * 750, [tmp_path / "few.jsonl", tmp_path / "many.jsonl"]
-    for path, number in zip(paths, (100, count), strict=True):
-        write_records(path, [make_record("<video>\nWhat?", answer, id=str(i), extra=[i]) for i in range(number)])
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver")) as other:
-        found, size, grown = other.submit(growth, *paths, tmp_path / "cache").result()
-    assert (found, size > 3_700 * count) == (count, True)
-    assert grown < 5 + 200 * count / 1e6
+    """A million records may take 200 MB (benchmarks.record_memory reads as many); these take no more than their share,
+    and of their text not a fifth."""
+    count = 10_000
+    found = growth(tmp_path, count)
+    assert (found["records"], found["characters"] > 3_700 * count) == (count, True)
+    assert found["grown_bytes"] < 5e6 + 200 * count
