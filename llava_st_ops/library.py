@@ -57,7 +57,7 @@ def load(name: str, *, torch_text: str = torch.__version__, folder: Path = LIBRA
         return NativeLibrary(path, False, f"{path.name} needs torch >= {needed}, this is torch {torch_text}")
     if name == "cuda" and torch.version.cuda is None:
         return NativeLibrary(path, False, "this torch was built without CUDA")
-    if damage := _damage(path, read_schemas() if name == "cpu" else []):
+    if damage := _damage(path, read_schemas()):
         return NativeLibrary(path, False, f"{path.name} {damage}")
     try:
         torch.ops.load_library(path)
@@ -69,7 +69,7 @@ def load(name: str, *, torch_text: str = torch.__version__, folder: Path = LIBRA
 
 def _damage(path: Path, schemas: list[str]) -> str:
     """Why a file is not to be given to the loader, which ends the process on one that was cut off (SIGBUS), and cannot
-    take back the ops of another version; empty where nothing is wrong. The CPU library declares `schemas`."""
+    take back the ops of another version; empty where nothing is wrong. Both libraries have `schemas` in them."""
     with open(path, "rb") as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
         # ELF of 64 bits: the table of segments, and of each segment where it is in the file and how long.

@@ -9,6 +9,14 @@ LLAVA_ST_EXPORT int llava_st_cuda_runtime_version() { return CUDART_VERSION; }
 /// The architectures inside, in CMake's terms: `80-real,90a-real,80-virtual`.
 LLAVA_ST_EXPORT const char* llava_st_cuda_architectures() { return LLAVA_ST_CUDA_ARCHITECTURES; }
 
+/// The ops as this library has them, which the package compares with its own before it loads the file.
+LLAVA_ST_EXPORT const char* const* llava_st_cuda_schemas() {
+  static const char* const schemas[] = {
+#include "../schemas.txt"
+  };
+  return schemas;
+}
+
 /// What was built of the products by CUTLASS (linear_lape_gelu/cutlass), which no GPU has run yet.
 LLAVA_ST_EXPORT const char* llava_st_cutlass() {
 #if defined(LLAVA_ST_CUTLASS_SM80) && defined(LLAVA_ST_CUTLASS_SM90)
