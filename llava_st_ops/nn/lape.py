@@ -49,6 +49,8 @@ class CoordinateTokens:
         width_input: of `<WIDTH-INPUT>`.
         width_output: of `<WIDTH-OUTPUT>`.
         visual: ids whose places visual tokens take, in order.
+
+    Source: LLaVA-ST (arXiv:2501.08282), section 3.2; the order of ids is its published code's.
     """
 
     vocab_size: int

@@ -173,6 +173,8 @@ class FrozenVisualTokenizer(nn.Module):
     Args:
         path: the folded matrices, which become buffers.
         chunk_tokens: as in `VisualTokenizer`.
+
+    Source: LLaVA-ST (arXiv:2501.08282), folded as docs/folding.md derives it.
     """
 
     def __init__(self, path: FoldedPath, chunk_tokens: int) -> None:

@@ -89,11 +89,16 @@ def test_tensors_have_shapes(public):
         assert SHAPE.search(document.sections["Returns"])
 
 
-def test_ops_name_errors_and_source(public):
+def test_ops_name_their_errors(public):
     if public.is_op and not delegates(public):
-        document = documented(public)
-        assert "ValueError" in document.entries("Raises")
-        assert re.search(r"arXiv:\d{4}\.\d{5}", document.sections["Source"])
+        assert "ValueError" in documented(public).entries("Raises")
+
+
+def test_what_is_from_a_paper_names_its_source(public):
+    """Ops, modules and adapters; what belongs to these, such as methods, has the same."""
+    here = public.owner is None and public.name.startswith(("llava_st_ops.nn.", "llava_st_ops.integrations.accelerate"))
+    if here or (public.is_op and not delegates(public)):
+        assert re.search(r"arXiv:\d{4}\.\d{5}", documented(public).sections["Source"])
 
 
 def test_the_reference_takes_what_the_ops_take():
