@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.utils._pytree import tree_leaves
 
 from ..nn.foldable import Kept
+from ..ops.registration import autocast_is_on
 
 # How far, relative to its norm, the first result may be from that of the module's own forward: rounding, and TF32 in
 # float32, stay below. It is there to find a forward that computes something else.
@@ -61,7 +62,7 @@ class Replacement:
         if reason is not None and not torch.compiler.is_compiling() and reason != self.stepped_aside:
             self.stepped_aside = reason
             warnings.warn(f"{type(self.module).__name__} takes its own forward: {reason}", stacklevel=4)
-        if inputs is None:
+        if inputs is None or not _of_its_dtype(self.module, inputs):
             return self.original(*arguments, **options)
         result = self.compute(*inputs)
         if self.unchecked and _can_compare(result) and not self._agrees(result, arguments, options):
@@ -79,6 +80,13 @@ class Replacement:
             return True  # nothing can be told; the next call is looked at
         self.unchecked = False
         return len(found) == len(wanted) and all(map(_alike, found, wanted))
+
+
+def _of_its_dtype(module: nn.Module, inputs: Any) -> bool:
+    """Whether numbers are of the dtype of a module's parameters, or autocast makes them so."""
+    tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dtype != torch.bool]
+    dtype = next(module.parameters()).dtype
+    return all(x.dtype == dtype or autocast_is_on(x.device.type) for x in tensors)
 
 
 def _can_compare(result: Any) -> bool:
