@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from benchmarks import model_costs, reproduction_report, synthesis, training_throughput, walk_through
+from benchmarks import model_costs, record_memory, reproduction_report, synthesis, training_throughput, walk_through
 from benchmarks.environment import ROOT
 
 
-@pytest.mark.parametrize("source", [model_costs, synthesis, training_throughput, walk_through])
+@pytest.mark.parametrize("source", [model_costs, record_memory, synthesis, training_throughput, walk_through])
 def test_the_page_is_that_of_its_record(source):
     text = source.PAGE.read_text()
     assert source.page(text, json.loads(source.RECORD.read_text())) == text
