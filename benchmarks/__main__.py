@@ -48,7 +48,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="samples per implementation at most (default 15, with --quick 5)")
     parser.add_argument("--seconds", type=float, help="timing per case (default 4, with --quick 1), or 9 rounds")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for record and plot")
-    parser.add_argument("--only", default="", help="measure only cases whose name contains this text")
+    parser.add_argument("--only", nargs="+", default=[""], help="measure only cases whose name has one of these in it")
     parser.add_argument("--fragment", type=Path, help=argparse.SUPPRESS)  # the second process writes its numbers here
     options = parser.parse_args(arguments)
     options.rounds = options.rounds or (5 if options.quick else 15)
@@ -89,10 +89,10 @@ def _workloads(options: argparse.Namespace, clip: Clip, device: torch.device) ->
                 f"path {frames} frames, {mode}",
                 lambda frames=frames, mode=mode: path_workload(frames, mode, clip, device),
             )
-            for frames, mode in ([] if options.quick else path_cases(device, options.only.startswith("path")))
+            for frames, mode in ([] if options.quick else path_cases(device, _asked_for("path", options)))
         ]
         # On a CPU they take minutes, and are measured where they are asked for.
-        if options.only.startswith("integration") or (device.type == "cuda" and not options.quick):
+        if _asked_for("integration", options) or (device.type == "cuda" and not options.quick):
             found += [
                 (
                     f"integration, {case.name}, {mode}",
@@ -101,7 +101,11 @@ def _workloads(options: argparse.Namespace, clip: Clip, device: torch.device) ->
                 for case in CASES
                 for mode in MODES
             ]
-    return [(name, build) for name, build in found if options.only in name]
+    return [(name, build) for name, build in found if any(text in name for text in options.only)]
+
+
+def _asked_for(kind: str, options: argparse.Namespace) -> bool:
+    return any(text.startswith(kind) for text in options.only)
 
 
 class Progress:
@@ -196,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.fragment.write_text(json.dumps(result["measurements"]))
         return 0
     if not result["cases"]:
-        print(f"--only {options.only!r}: no case has this in its name", file=sys.stderr)
+        print(f"--only {' '.join(options.only)}: no case has this in its name", file=sys.stderr)
         return 2
     if device.type == "cpu" and not huge_pages:
         result["measurements"] += _measure_with_huge_pages(arguments)
