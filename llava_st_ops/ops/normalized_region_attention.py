@@ -6,8 +6,8 @@ The native ops are `torch.ops.llava_st.normalized_region_attention` and its `_ba
 
 from __future__ import annotations
 
-import math
 import numbers
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,7 +76,7 @@ def _check(op: str, arguments: tuple[Any, ...]) -> None:
     checks.check_shape(op, "query", query, (batch, *checks.regions_of(grid, region), query.shape[4], width))
     if width == 0:
         raise ValueError(f"{op}: key must have at least one channel to normalise over, got {list(key.shape)}")
-    if not isinstance(eps, numbers.Real) or not 0 <= eps < math.inf:
+    if not isinstance(eps, numbers.Real) or not 0 <= eps <= sys.float_info.max:
         raise ValueError(f"{op}: eps must be a finite number, not below 0, got {eps!r}")
     if grad_output:
         checks.check_grad_output(op, grad_output[0], query)

@@ -66,6 +66,12 @@ def test_any_call_gives_what_the_reference_gives(name):
     check()
 
 
+def _largest(dtype: torch.dtype) -> float:
+    if dtype.is_floating_point:
+        return torch.finfo(dtype).max
+    return min(torch.iinfo(dtype).max, 2**31 - 1)
+
+
 def wrong(x: torch.Tensor, how: str) -> object:
     """An argument in the place of a tensor."""
     return {
@@ -81,7 +87,7 @@ def wrong(x: torch.Tensor, how: str) -> object:
         "meta": lambda: x.to("meta"),
         "sparse": lambda: x.to_sparse(),
         "negative": lambda: -x.abs() - 1 if x.dtype not in (torch.bool, torch.complex64) else x,
-        "huge": lambda: torch.full_like(x, torch.finfo(x.dtype).max if x.dtype.is_floating_point else 2**31 - 1),
+        "huge": lambda: torch.full_like(x, _largest(x.dtype)),
         "nan": lambda: x * NAN,
         "none": lambda: None,
         "number": lambda: 3,

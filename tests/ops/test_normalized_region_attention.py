@@ -271,3 +271,9 @@ def test_no_channels_is_an_error():
         normalized_region_attention(query, key, key, (1, 2, 2))
     with pytest.raises(RuntimeError, match="at least one channel"):
         torch.ops.llava_st.normalized_region_attention(query, key, key, [1, 2, 2])
+
+
+def test_an_eps_that_no_float_holds_is_an_error():
+    x = torch.ones(1, 1, 1, 1, 4)
+    with pytest.raises(ValueError, match="eps must be a finite number"):
+        normalized_region_attention(x.unsqueeze(-2), x, x, (1, 1, 1), eps=10**400)
