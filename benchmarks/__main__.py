@@ -82,7 +82,7 @@ def _workloads(options: argparse.Namespace, clip: Clip, device: torch.device) ->
     if options.fragment is None:
         found += [
             (f"packer, {mode}", lambda mode=mode: packer_workload(mode, clip, device, dtype))
-            for mode in (("forward",) if options.quick else ("forward", "forward+backward"))
+            for mode in (MODES[:1] if options.quick else MODES)
         ]
         found += [
             (

@@ -11,7 +11,7 @@ from . import parity
 from .cases import HEAD_DIM, HEADS, Case
 from .clip import Clip, attention_inputs
 from .peers import Implementation, implementations
-from .workloads import Contender, Workload, call_of
+from .workloads import REFERENCE, Contender, Workload, call_of, seeded
 
 
 # The forward case and the one with the backward pass follow each other and share tensors and truth.
@@ -21,8 +21,7 @@ def _tensors(
 ) -> tuple[list[Tensor], Tensor]:
     """query, key and value, and a gradient of the output."""
     inputs = list(attention_inputs(clip, frames, region, HEADS, HEAD_DIM, dtype, device))
-    generator = torch.Generator().manual_seed(4)
-    return inputs, torch.randn(inputs[0].shape, generator=generator).to(device, dtype)
+    return inputs, seeded(tuple(inputs[0].shape), 4, dtype, device)
 
 
 @functools.lru_cache(maxsize=1)
@@ -54,7 +53,7 @@ def attention_workload(case: Case, clip: Clip, device: torch.device) -> Workload
         description=case.describe(),
         contenders=[contender(way) for way in implementations(case, device)],
         truth=truth,
-        reference="reference, PyTorch",
+        reference=REFERENCE,
         passes=[(read, written) for read, (_, written) in zip(tensors_read, case.passes(), strict=False)],
         dtype=case.dtype,
     )

@@ -92,8 +92,7 @@ def integration_workload(case: Case, mode: str, device: torch.device) -> Workloa
     report = case.accelerate(after)
     if len(report.replaced) != 1:
         raise RuntimeError(f"expected one module to be replaced: {report}")
-    inputs = _map(lambda x: x.to(dtype) if x.is_floating_point() else x, case.inputs())
-    inputs = _map(lambda x: x.to(device), inputs)
+    inputs = _map(lambda x: x.to(device, dtype if x.is_floating_point() else x.dtype), case.inputs())
     with torch.no_grad():
         grad = torch.randn_like(_first(before(*inputs)))
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llava_st_ops import reference
+from llava_st_ops import point_to_region_attention, reference
 
 from . import parity
 from .cases import BYTES_COUNTED, Case
 from .clip import Clip, attention_inputs
-from .peers import available_backends, multiply_and_sum, sdpa, with_backend
-from .workloads import Workload, bytes_of, workload_of
+from .peers import multiply_and_sum, sdpa
+from .workloads import Workload, bytes_of, on_each_backend, workload_of
 
 FRAMES, REGION = 40, (1, 3, 3)
 BASELINE = "SDPA on permuted tensors"
@@ -29,13 +29,15 @@ def masked_workload(mode: str, clip: Clip, device: torch.device, frames: int = F
     bias = torch.zeros(keep.shape).masked_fill(~keep, -torch.inf).to(device, dtype)
     grad = torch.randn(tensors[0].shape, generator=generator).to(device, dtype)
 
+    def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return point_to_region_attention(query, key, value, REGION, bias=bias)
+
     def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         each_head = bias.to(key).expand(key.shape[:-1])
         return reference.point_to_region_attention(query, key, value, REGION, bias=each_head)
 
     torch.compiler.reset()  # what was compiled for earlier cases
     compiled = torch.compile(multiply_and_sum, dynamic=False, fullgraph=True)
-    ours = [name for name, reason in available_backends(device, dtype).items() if not reason]
     sizes = [bytes_of(x) for x in tensors]
     return workload_of(
         {
@@ -50,7 +52,7 @@ def masked_workload(mode: str, clip: Clip, device: torch.device, frames: int = F
         (grad,),
         plain,
         [
-            *((f"llava_st_ops, {name}", "ours", with_backend(name, REGION, bias)) for name in ours),
+            *on_each_backend(ours, device, dtype),
             (BASELINE, "peer", lambda q, k, v: sdpa(q, k, v, REGION, bias)),
             ("multiply-and-sum, compiled", "peer", lambda q, k, v: compiled(q, k, v, REGION, bias)),
         ],

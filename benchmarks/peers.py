@@ -134,10 +134,10 @@ def _bound(function: Callable[..., Tensor], region: Region) -> Attention:
     return lambda query, key, value: function(query, key, value, region)
 
 
-def with_backend(backend: str, region: Region, bias: Tensor | None = None) -> Attention:
+def with_backend(backend: str, region: Region) -> Attention:
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         with llava_st_ops.use_backend(backend):
-            return llava_st_ops.point_to_region_attention(query, key, value, region, bias=bias)
+            return llava_st_ops.point_to_region_attention(query, key, value, region)
 
     return attention
 
