@@ -28,8 +28,10 @@ $(VENV)/ready: $(VENV)/torch $(NATIVE)
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
 
+# Files of tests are spread over the cores. Threads that wait must sleep: all processes' threads share those cores.
+# A GPU's memory is not shared. PYTEST_ARGS="-n 0" runs one process.
 test: env
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(if $(GPU),,-n auto --maxprocesses 8 --dist loadfile) $(PYTEST_ARGS)
 
 # The main job: a real clip through every backend of this machine. BENCH_ARGS="--video FILE" takes your own.
 bench: env

@@ -15,8 +15,11 @@ def _first(mask: Tensor) -> tuple[int, ...]:
     return tuple(int(i) for i in mask.nonzero()[0])
 
 
-def assert_accurate(actual: Tensor, exact: Tensor, same_dtype: Tensor, name: str = "result") -> None:
-    """`actual` against `exact` (float64), allowed twice the largest error of `same_dtype`, plus one rounding step.
+def assert_accurate(
+    actual: Tensor, exact: Tensor, same_dtype: Tensor, name: str = "result", besides: float = 0.0
+) -> None:
+    """`actual` against `exact` (float64), allowed twice the largest error of `same_dtype`, plus one rounding step, plus
+    what a test allows besides.
 
     In float64 itself `exact` is no better than `actual`: there the bound is 1e-12 of the largest entry.
     NaN and infinities must be where `same_dtype` has them.
@@ -37,10 +40,10 @@ def assert_accurate(actual: Tensor, exact: Tensor, same_dtype: Tensor, name: str
     reference_error = torch.where(finite, (same_dtype.double() - exact).abs(), zero).max()
     magnitude = torch.where(finite, exact.abs(), zero)
     if actual.dtype == torch.float64:
-        bound = torch.full_like(error, 1e-12 * max(1.0, magnitude.max().item()))
+        bound = torch.full_like(error, 1e-12 * max(1.0, magnitude.max().item()) + besides)
     else:
         computing = torch.finfo(torch.float32).eps * max(1.0, magnitude.max().item())
-        bound = 2 * reference_error + computing + torch.finfo(actual.dtype).eps * magnitude
+        bound = 2 * reference_error + besides + computing + torch.finfo(actual.dtype).eps * magnitude
     wrong = error > bound
     if wrong.any():
         at = _first(wrong)

@@ -5,12 +5,15 @@ Every csrc/cuda/*/*.cu is part of it, so that a new kernel is emulated without f
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import importlib.util
 import os
 import subprocess
 import sysconfig
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -84,26 +87,38 @@ def _run(*command: str) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
 
 
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Of several processes of a test run, one builds while the others wait for what it makes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def build() -> Path:
     """Compiles the module, unless it is there already, and returns its path."""
     compiler = os.environ.get("CXX", "g++")
     folder = _ROOT / "build" / "emulator" / _fingerprint(compiler)
     module = folder / f"emulated_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if module.exists():
-        return module
-    folder.mkdir(parents=True, exist_ok=True)
-    unique = f"{os.getpid()}"  # several test runs may build at the same time
+    with _alone(folder):
+        if not module.exists():
+            _compile(compiler, folder, module)
+    return module
+
+
+def _compile(compiler: str, folder: Path, module: Path) -> None:
     includes = _includes()
 
     def compile_source(item: tuple[Path, tuple[str, ...]]) -> str:
         source, flags = item
-        to = str(folder / f"{source.parent.name}.{source.name}.{unique}.o")
+        to = str(folder / f"{source.parent.name}.{source.name}.o")
         _run(compiler, *_FLAGS, *_DEFINES, *flags, *includes, "-c", str(source), "-o", to)
         return to
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         objects = list(pool.map(compile_source, _sources().items()))
-    unfinished = f"{module}.{unique}"
+    unfinished = f"{module}.unfinished"
     libraries = (f"-L{_TORCH / 'lib'}", f"-Wl,-rpath,{_TORCH / 'lib'}", "-ltorch_cpu", "-ldl")
     # Not the libraries of the other sanitizers: instrumentation.cpp stands in for them.
     wrapped = [f"-Wl,--wrap={name}" for name in ("memcpy", "memmove", "memset")]
@@ -112,7 +127,6 @@ def build() -> Path:
     os.replace(unfinished, module)
     for path in objects:
         os.remove(path)
-    return module
 
 
 @functools.cache
