@@ -8,7 +8,9 @@ samples, median, p10 and p90 in ms, errors and peak memory. Ratios are not store
 from __future__ import annotations
 
 import json
+import math
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,20 @@ def named(found: list[Measurement], name: str) -> Measurement | None:
 def ratio(slower: Measurement | None, faster: Measurement | None) -> float | None:
     """How many times longer the first takes, by medians."""
     return None if slower is None or faster is None else slower["median_ms"] / faster["median_ms"]
+
+
+def paired_ratio(slower: Measurement, faster: Measurement) -> tuple[float, tuple[float, float] | None]:
+    """How many times longer the first takes, by the median of the ratios within each round: a machine that gets slower
+    from round to round changes both alike. And where that median lies with 95 % certainty, whatever the distribution
+    (the sign test's interval); None where there are too few rounds to say."""
+    ratios = sorted(a / b for a, b in zip(slower["samples_ms"], faster["samples_ms"], strict=True))
+    count, below = len(ratios), 0.0
+    for rank in range(count):  # of the ends of the interval, from each side
+        below += math.comb(count, rank) / 2**count
+        if below > 0.025:
+            break
+    median = statistics.median(ratios)
+    return median, (ratios[rank - 1], ratios[count - rank]) if rank else None
 
 
 def gigabytes_per_second(case: dict[str, Any], measurement: Measurement) -> float | None:

@@ -6,7 +6,6 @@ from .. import record as records
 from ..integration_workloads import AFTER, BEFORE
 from ..record import Measurement
 from .archive import Archive, Result
-from .comparisons import faster_beyond_spread
 from .markup import mebibytes, milliseconds, number, spread, times
 from .summary import DEVICES
 
@@ -31,7 +30,7 @@ def _of_record(results: list[Result]) -> str:
         f"{environment['date'][:10]}, commit {environment['commit'][:12]}; "
         f"`benchmarks/results/{file}`.",
         "",
-        "| module | published (p10..p90) | accelerated (p10..p90) | times faster | error / published's | peak memory |",
+        "| module | published (p10..p90) | accelerated (p10..p90) | times faster (95 %) | error ratio | peak memory |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     return "\n".join([*rows, *map(_row, results)])
@@ -40,11 +39,11 @@ def _of_record(results: list[Result]) -> str:
 def _row(result: Result) -> str:
     (allocator,) = result.allocators()
     before, after = (records.named(result.found(allocator), name) for name in (BEFORE, AFTER))
-    beyond = faster_beyond_spread(after, before) or faster_beyond_spread(before, after)
+    ratio, interval = records.paired_ratio(before, after)
     cells = [
         result.name,
         *map(_time, (before, after)),
-        times(records.ratio(before, after)) + ("" if beyond else ", within the spread"),
+        times(ratio) + (f" ({interval[0]:.2f}..{interval[1]:.2f})" if interval else ""),
         number(after.get("error_over_reference"), "{:.2f}"),
         " → ".join(mebibytes(measured.get("peak_memory_bytes")) for measured in (before, after)),
     ]

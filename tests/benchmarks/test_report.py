@@ -119,3 +119,18 @@ def test_plot(made_up, tmp_path):
     path = tmp_path / "plot.png"
     plot.write(made_up, path)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_ratio_within_rounds():
+    """Of a machine that gets ten times slower on the way; ends of the interval are those of tables of the sign test."""
+    speed = [1.0 + i for i in range(10)]
+    faster = {"samples_ms": speed}
+    ratios = [1.5, 1.1, 1.2, 1.3, 1.4, 0.9, 1.6, 1.7, 1.8, 9.0]
+    slower = {"samples_ms": [ratio * s for ratio, s in zip(ratios, speed, strict=True)]}
+    median, interval = record.paired_ratio(slower, faster)
+    assert median == pytest.approx(1.45)
+    assert interval == pytest.approx((1.1, 1.8))  # the second and the ninth of ten
+    few = [{"samples_ms": m["samples_ms"][:5]} for m in (slower, faster)]
+    assert record.paired_ratio(*few) == (pytest.approx(1.3), None)
+    six = [{"samples_ms": m["samples_ms"][:6]} for m in (slower, faster)]
+    assert record.paired_ratio(*six)[1] == pytest.approx((0.9, 1.5))
