@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..nn.foldable import is_plain
 from ..ops import region_centers
 from .region_packer import Parts, Region, attend, tensors_given
 from .replacement import Replacement, Report, accelerate
@@ -60,13 +61,16 @@ def accelerate_llava_st(model: nn.Module, *, check: bool = True) -> Report:
 
 class _Packer(Replacement):
     def __init__(self, module: nn.Module, check: bool, region: Region) -> None:
-        super().__init__(module, check)
+        super().__init__(module, check, [_INNER, *(f"{_INNER}.{layer}" for layer in _LAYERS)])
         self.region = region
+        self.kind = type(getattr(module, _INNER))
 
     def parts(self) -> Parts:
         return Parts(*(getattr(self.module, _INNER)._modules[layer] for layer in _LAYERS[:-1]))
 
-    def why_not(self) -> str | None:
+    def why_not_these(self) -> str | None:
+        if not is_plain(getattr(self.module, _INNER), self.kind):
+            return f"{_INNER} has hooks or another forward"
         return self.parts().why_not_folded()
 
     def inputs(self, *arguments: Any, **options: Any) -> tuple[Tensor] | None:

@@ -47,13 +47,13 @@ def accelerate_oryx(model: nn.Module, *, check: bool = True) -> Report:
             return None
         if more := [part for part in (*module._modules, *module._parameters) if part not in (_QUERY, _KEY)]:
             return f"it has more than is known of it: {', '.join(more)}"
-        return _Compressor(module, check)
+        return _Compressor(module, check, (_QUERY, _KEY))
 
     return accelerate(model, "Oryx's compressors", recognise)
 
 
 class _Compressor(Replacement):
-    def why_not(self) -> str | None:
+    def why_not_these(self) -> str | None:
         query, key = (self.module._modules[name] for name in (_QUERY, _KEY))
         for name, layer in ((_QUERY, query), (_KEY, key)):
             if not is_plain(layer, nn.Linear):

@@ -153,7 +153,10 @@ def attend(parts: Parts, kept: Kept, centers: Tensor, features: Tensor, region: 
 
 
 def tensors_given(arguments: Sequence[object], options: dict[str, object]) -> list[Tensor] | None:
-    """The tensors of a call, those of a pair too, in order; None where it has arguments of other kinds (but None)."""
+    """The tensors of a call, those of a pair too, in order; None where it has arguments of other kinds (but None), or
+    several by name, whose order says nothing."""
+    if sum(value is not None for value in options.values()) > 1:
+        return None
     flat: list[object] = []
     for argument in (*arguments, *options.values()):
         flat.extend(argument if isinstance(argument, (tuple, list)) else [argument])

@@ -21,25 +21,38 @@ _TOLERANCES = {torch.float64: 1e-8, torch.float32: 2e-3, torch.float16: 2e-2, to
 
 
 class Replacement:
-    """The forward of one module, as an attribute of the instance. `why_not`, `inputs`, `compute` and `describe` are to
-    be defined.
+    """The forward of one module, as an attribute of the instance. `why_not_these`, `inputs`, `compute` and `describe`
+    are to be defined.
 
     The module's own forward stays where it is, in its class, and takes over
     - calls of another form than is known here (`inputs`);
     - all calls while the module's parts are not what they were (`why_not`): adapters, hooks, dropout in training;
-    - all calls from the first one on, if that one shows that the module computes something else.
+    - all calls from the first one on, if that one shows that the module computes something else;
+    - all calls once it is retired.
 
     Deep copies and pickles of the module keep it, bound to the copy.
+
+    Args:
+        module: whose forward it is.
+        check: compare the first result with that of the module's own forward.
+        layers: the names, with dots, of what it computes with.
     """
 
-    def __init__(self, module: nn.Module, check: bool) -> None:
+    def __init__(self, module: nn.Module, check: bool, layers: Sequence[str]) -> None:
         self.module = module
         self.unchecked = check
+        self.needed = tuple(layers)
+        self.retired = False
         self.stepped_aside: str | None = None  # the reason last warned of
         self.kept = Kept()
 
     def why_not(self) -> str | None:
         """Why the module, as it is now, cannot be computed here; None where it can."""
+        gone = next((name for name in self.needed if _layer(self.module, name) is None), None)
+        return self.why_not_these() if gone is None else f"it has no {gone} any more"
+
+    def why_not_these(self) -> str | None:
+        """Why its layers, which are all there, cannot be computed with; None where they can."""
         raise NotImplementedError
 
     def inputs(self, *arguments: Any, **options: Any) -> tuple[Any, ...] | None:
@@ -56,7 +69,14 @@ class Replacement:
     def original(self, *arguments: Any, **options: Any) -> Any:
         return type(self.module).forward(self.module, *arguments, **options)
 
+    def retire(self) -> None:
+        """The module's own forward takes over for good, also where something was wrapped around this one meanwhile."""
+        self.retired = True
+        _remove(self.module, self)
+
     def __call__(self, *arguments: Any, **options: Any) -> Any:
+        if self.retired:
+            return self.original(*arguments, **options)
         reason = self.why_not()
         inputs = self.inputs(*arguments, **options) if reason is None else None
         if reason is not None and not torch.compiler.is_compiling() and reason != self.stepped_aside:
@@ -65,10 +85,11 @@ class Replacement:
         if inputs is None or not _of_its_dtype(self.module, inputs):
             return self.original(*arguments, **options)
         result = self.compute(*inputs)
-        if self.unchecked and _can_compare(result) and not self._agrees(result, arguments, options):
+        can_compare = self.unchecked and _can_compare(result) and not _is_random(self.module)
+        if can_compare and not self._agrees(result, arguments, options):
             report = f"{type(self.module).__name__} computes something else than is known of its kind"
             warnings.warn(f"{report}; it takes its own forward from now on", stacklevel=4)
-            _remove(self.module, self)
+            self.retire()
             return self.original(*arguments, **options)
         return result
 
@@ -80,6 +101,19 @@ class Replacement:
             return True  # nothing can be told; the next call is looked at
         self.unchecked = False
         return len(found) == len(wanted) and all(map(_alike, found, wanted))
+
+
+def _layer(module: nn.Module | None, name: str) -> nn.Module | None:
+    """What is below a module under this name, as wrappers that pass attributes on do not show it."""
+    for part in name.split("."):
+        module = None if module is None else module._modules.get(part)
+    return module
+
+
+def _is_random(module: nn.Module) -> bool:
+    """Whether two calls differ: of dropouts in training."""
+    dropouts = (layer for layer in module.modules() if isinstance(layer, nn.modules.dropout._DropoutNd))
+    return any(layer.training and layer.p > 0 for layer in dropouts)
 
 
 def _of_its_dtype(module: nn.Module, inputs: Any) -> bool:
@@ -146,7 +180,7 @@ class Report:
     def undo(self) -> None:
         """Gives every module that this call replaced its own forward again."""
         for replacement in self._made:
-            _remove(replacement.module, replacement)
+            replacement.retire()
         self._made.clear()
 
     def __enter__(self) -> Report:
@@ -175,9 +209,9 @@ def accelerate(model: nn.Module, family: str, recognise: Recogniser) -> Report:
         if found is None:
             continue
         own = vars(module).get("forward")
-        if isinstance(own, Replacement):
+        if isinstance(own, Replacement) and not own.retired:
             found = "already accelerated"
-        elif own is not None:
+        elif own is not None and not isinstance(own, Replacement):
             found = "another forward was set on it"
         elif isinstance(found, Replacement):
             found = found.why_not() or found

@@ -91,7 +91,7 @@ def _scale_of(module: nn.Module) -> int | None:
 
 class _Projector(Replacement):
     def __init__(self, module: nn.Module, check: bool, roles: dict[str, str], scale: int) -> None:
-        super().__init__(module, check)
+        super().__init__(module, check, list(roles.values()))
         self.roles = roles
         self.region = (1, scale, scale)
 
@@ -108,7 +108,7 @@ class _Projector(Replacement):
         first = query[0] if isinstance(query, nn.Sequential) else query
         return first.in_features, self.layer("key_layers")[0].in_features
 
-    def why_not(self) -> str | None:
+    def why_not_these(self) -> str | None:
         parts = self.parts()
         query = parts.query_layers
         first = query[0] if isinstance(query, nn.Sequential) and len(query) else query

@@ -80,15 +80,15 @@ class _Tower:
 
 class _Attention(Replacement):
     def __init__(self, module: nn.Module, check: bool, suffixes: Sequence[str]) -> None:
-        super().__init__(module, check)
         self.suffixes = tuple(suffixes)
+        self.names = [f"{kind}_proj{suffix}" for suffix in suffixes for kind in "kv"]
+        super().__init__(module, check, ["q_proj", "o_proj", *self.names])
 
     def layers(self) -> list[tuple[str, nn.Module]]:
         """Projections of keys and values, of each tower in turn."""
-        names = [f"{kind}_proj{suffix}" for suffix in self.suffixes for kind in "kv"]
-        return [(name, self.module._modules[name]) for name in names]
+        return [(name, self.module._modules[name]) for name in self.names]
 
-    def why_not(self) -> str | None:
+    def why_not_these(self) -> str | None:
         heads = getattr(self.module, "num_heads", None)
         if not isinstance(heads, int) or heads < 1:
             return "it has no attribute num_heads"

@@ -165,9 +165,34 @@ def drop(module):
     module.token_packer.devide_attention.attn.dropout = 0.5
 
 
+def hook_inner(module):
+    module.token_packer.devide_attention.register_forward_hook(lambda layer, inputs, output: output * 2)
+
+
+def patch_inner(module):
+    inner = module.token_packer.devide_attention
+    own = inner.forward
+    inner.forward = lambda *arguments: own(*arguments) * 2
+
+
+def wrap_inner(module):
+    class Twice(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *arguments):
+            return self.inner(*arguments) * 2
+
+    module.token_packer.devide_attention = Twice(module.token_packer.devide_attention)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        (hook_inner, "devide_attention has hooks or another forward"),
+        (patch_inner, "devide_attention has hooks or another forward"),
+        (wrap_inner, "it has no devide_attention.to_q any more"),
         (hook, "key_mlp: a layer is not a plain Linear"),
         (adapt, "value_mlp: a layer is not a plain Linear, but .*Adapter"),
         (drop, "attention drops 50% of the weights in training"),
@@ -187,6 +212,79 @@ def test_changes_after_the_replacement_are_seen(change, reason):
     torch.manual_seed(1)
     assert torch.equal(found, LlavaStPacker.forward(module.token_packer, x))
     assert not torch.allclose(found, before)
+
+
+@pytest.mark.parametrize("change", [hook_inner, patch_inner])
+def test_changes_before_the_replacement_are_seen(change):
+    module = make(LLAVA_ST)
+    change(module)
+    report = accelerate_llava_st(module)
+    assert len(report.replaced) == 2
+    assert [entry.text for entry in report.skipped] == ["devide_attention has hooks or another forward"]
+
+
+def test_a_layer_that_is_gone_is_told():
+    family = FAMILIES["oryx, video"]
+    module = make(family)
+    family.accelerate(module)
+    module.vlm_key_projector = None
+    with pytest.warns(UserWarning, match="it has no vlm_key_projector any more"), pytest.raises(TypeError):
+        module(*inputs_of(family))  # which is what its own forward says
+
+
+def test_undo_reaches_a_forward_that_was_wrapped():
+    """As accelerate wraps forwards. What was wrapped cannot be taken out, but takes the module's own from then on."""
+    family = FAMILIES["oryx, video"]
+    module, inputs = make(family), inputs_of(family)
+    expected = module(*inputs)[0]
+    report = family.accelerate(module)
+    accelerated = module.forward
+    module.forward = lambda *arguments: accelerated(*arguments)
+    report.undo()
+    assert torch.equal(module(*inputs)[0], expected)
+    module.forward = accelerated
+    assert torch.equal(module(*inputs)[0], expected)
+    assert len(family.accelerate(module).replaced) == 1
+    assert not torch.equal(module(*inputs)[0], expected), "it computes in another order"
+
+
+def test_what_computes_something_else_does_so_wrapped_too():
+    module = Gated(24, 32, 4)
+    accelerate_llava_st(nn.ModuleDict({"token_packer": module}))
+    accelerated = module.forward
+    module.forward = lambda *arguments: accelerated(*arguments)
+    x = torch.randn(2, 81, 24)
+    with pytest.warns(UserWarning, match="something else"):
+        module(x)
+    assert torch.equal(module(x), Gated.forward(module, x))
+
+
+def test_dropouts_are_not_taken_for_another_forward():
+    family = FAMILIES["token_packer, scale 2"]
+    module, inputs = make(family), inputs_of(family)
+    module.mlp.append(nn.Dropout(0.5))
+    family.accelerate(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module(*inputs)
+        module.eval()(*inputs)  # is compared
+    assert not own_forward(module)
+
+
+def test_arguments_by_name_keep_their_names():
+    family = FAMILIES["token_packer, scale 2"]
+
+    class Named(type(family.make())):
+        def forward(self, coarse, fine):
+            return super().forward((coarse, fine))
+
+    torch.manual_seed(0)
+    module = Named(24, 24, 32, 4, 40, 2).double()
+    coarse, fine = torch.randn(2, 2, 144, 24, dtype=torch.float64)
+    expected = module(coarse, fine)
+    family.accelerate(module)
+    torch.testing.assert_close(module(coarse, fine), expected)
+    torch.testing.assert_close(module(fine=fine, coarse=coarse), expected)
 
 
 def test_dropout_does_not_matter_in_inference():
