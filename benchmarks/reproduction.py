@@ -12,37 +12,36 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from llava_st.evaluation.datasets import read_dataset
-from llava_st.evaluation.scoring import score
+from llava_st.evaluation.evaluator import Evaluator
 from llava_st.pipeline import LlavaStPipeline
+from llava_st.processes import patient_processes
 from llava_st.reproduction import CHECKPOINT
 from llava_st.reproduction.arms import ARMS, Arm
-from llava_st.reproduction.proving import predict, prove
+from llava_st.reproduction.proving import BATCH, LONGEST_ANSWER, prove
 from llava_st.reproduction.recipe import STAGES, Budget, train
 from llava_st.synthesis import synthesize
 from llava_st.training.checkpoints import last_checkpoint
-from llava_st.training.run import Evaluate
 
 from . import reproduction_report as report
 from .environment import ROOT, describe
 
 FOLDER = ROOT / "build" / "reproduction"
 CLIPS = 2_000
+_PUBLISHED_SEED = 0  # whose checkpoint comes along, with its pictures
 # Tubes take the longest. With 750 for places and 600 for tubes the baseline stayed below a constant answer.
 ABLATION = Budget({"names": 1_500, "places": 1_500, "tubes": 1_000}, tower_clips=1_500, tower_steps=3_000)
 # Of the clips that a record's scores are of; those of training have the run's own seed, and another split.
 PROOF_SEED, PROOF_CLIPS, ABLATION_PROOF_CLIPS = 1_000, 200, 100
 UNTRAINED_CLIPS = 20  # that the starting values are asked about: they hardly ever make a sentence
 _VALIDATION_CLIPS = 64
-# What is asked during training, and which scores of it are kept.
+# What is asked during training, and which numbers of a step are kept: "eval/stvg m_tIoU" by its last word.
 _ASKED = {"names": ("rec",), "places": ("tvg", "rec"), "tubes": ("stvg",)}
-_KEPT = ("mIoU", "Acc@0.5", "m_tIoU", "m_sIoU", "m_vIoU")
+_KEPT = ("step", "loss", "tokens_per_second", "waiting_for_data", "mIoU", "Acc@0.5", "m_tIoU", "m_sIoU", "m_vIoU")
 
 
 def run(
@@ -50,11 +49,19 @@ def run(
 ) -> tuple[LlavaStPipeline, dict[str, Any]] | None:
     """Trains and proves. In the main process: the model, and a record of it. `shared`: see `train`."""
     start = time.time()
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = patient_processes()
     validation = (shared or out) / "validation"
     with state.main_process_first():
         synthesize(validation, _VALIDATION_CLIPS, seed, split="validation")
-    evaluate = {stage.name: _evaluator(validation, _ASKED[stage.name]) for stage in STAGES}
+    evaluate = {
+        stage.name: Evaluator(
+            {task: validation / "benchmark" / f"{task}.json" for task in _ASKED[stage.name]},
+            validation,
+            batch_size=BATCH,
+            max_new_tokens=LONGEST_ANSWER,
+        )
+        for stage in STAGES
+    }
     folder = train(out, budget, seed, arm, evaluate, shared=shared)
     if not state.is_main_process:
         return None
@@ -76,23 +83,10 @@ def run(
     return pipeline, record
 
 
-def _evaluator(folder: Path, tasks: Sequence[str]) -> Evaluate:
-    def evaluate(model: Any, processor: Any, step: int) -> Mapping[str, float]:
-        pipeline, found = LlavaStPipeline(model, processor), {}
-        for task in tasks:
-            dataset = read_dataset(task, folder / "benchmark" / f"{task}.json")
-            scores = score(dataset, predict(pipeline, folder, dataset.samples))["scores"]
-            found |= {f"{task} {name}": scores[name] for name in _KEPT if name in scores}
-        return found
-
-    return evaluate
-
-
 def _curve(folder: Path) -> list[dict[str, float]]:
     """What a stage reported, by step."""
     history = json.loads((last_checkpoint(folder) / "trainer_state.json").read_text())["log_history"]
-    kept = ("step", "loss", "tokens_per_second", "waiting_for_data")
-    return [{k: v for k, v in entry.items() if k in kept or k.startswith("eval/")} for entry in history]
+    return [{name: value for name, value in entry.items() if name.split()[-1] in _KEPT} for entry in history]
 
 
 def save_checkpoint(pipeline: LlavaStPipeline, folder: Path) -> None:
@@ -110,9 +104,12 @@ def _train(options: argparse.Namespace) -> None:
         untrained = LlavaStPipeline.from_pretrained(out / "start", dtype="float32")
         record["untrained"] = {"clips": UNTRAINED_CLIPS}
         record["untrained"] |= prove(untrained, out / "untrained", PROOF_SEED, UNTRAINED_CLIPS)["a"]
-        save_checkpoint(pipeline, options.checkpoint)
+        published = options.seed == _PUBLISHED_SEED
+        checkpoint = options.checkpoint or (CHECKPOINT if published else out / "checkpoint")
+        save_checkpoint(pipeline, checkpoint)
         report.write(f"seed{options.seed}", record)
-        report.draw_answers(LlavaStPipeline.from_pretrained(options.checkpoint, dtype="float32"))
+        if published:
+            report.draw_answers(LlavaStPipeline.from_pretrained(checkpoint, dtype="float32"))
 
 
 def _ablate(options: argparse.Namespace) -> None:
@@ -136,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     training = commands.add_parser("train")
     training.add_argument("--seed", type=int, default=0)
     training.add_argument("--clips", type=int, default=CLIPS, help="see Budget.of; default: %(default)s")
-    training.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="default: %(default)s")
+    training.add_argument("--checkpoint", type=Path, help="default: of seed 0 the one that comes along, else in --out")
     ablation = commands.add_parser("ablate")
     ablation.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     ablation.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
@@ -147,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _train(options)
     elif options.command == "ablate":
         _ablate(options)
-    if PartialState(cpu=not torch.cuda.is_available()).is_main_process:
+    if patient_processes().is_main_process:
         report.make_page()
     return 0
 

@@ -54,7 +54,8 @@ class SkippedSample(SampleName):
 
 
 class Failures:
-    """Counts samples and those that were skipped, over all processes that load data together.
+    """Counts samples and those that were skipped, over the workers that load data for a process that trains. Each of
+    several such processes judges its own samples.
 
     Args:
         max_share: which share may be skipped.
@@ -109,10 +110,11 @@ class Failures:
     def state_dict(self) -> dict[str, int]:
         return {"seen": self.seen, "skipped": self.skipped}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on from counts of an earlier run."""
+    def load_state_dict(self, *states: dict[str, int]) -> None:
+        """Goes on from counts of an earlier run, of one process or of several."""
         self._counts.zero_()
-        self._row().copy_(torch.tensor([state["seen"], state["skipped"]]))
+        for state in states:
+            self._row().add_(torch.tensor([state["seen"], state["skipped"]]))
 
     def _row(self) -> torch.Tensor:
         worker = get_worker_info()

@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,10 +46,9 @@ def launched_processes() -> Iterator[Processes]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Processes(device="cuda" if torch.cuda.is_available() else "cpu")
         return
-    from accelerate import PartialState
+    from ..processes import patient_processes
 
-    # The first to be done waits for the last, which may take hours.
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+    state = patient_processes()  # the first to be done waits for the last
     try:
         yield Processes(state.process_index, state.num_processes, str(state.device), state.wait_for_everyone)
     finally:

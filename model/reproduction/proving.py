@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.datasets import read_dataset
+from ..evaluation.evaluator import predict
 from ..evaluation.metrics import tube_iou
-from ..evaluation.pipeline_predictor import PipelinePredictor
 from ..evaluation.predictions import Prediction
 from ..evaluation.records import Dataset
-from ..evaluation.samples import Sample
 from ..evaluation.scoring import score
 from ..geometry import Tube
 from ..pipeline import LlavaStPipeline
 from ..synthesis import Scene, benchmarks, constant_answer, event_truth, make_scene, synthesize
 
-_SIZE, _BATCH = 96, 20
+_SIZE = 96
+BATCH = 20  # questions at a time
 # A tube of the longest span: 12 frames of 12 tokens, and what is before them.
-_LONGEST_ANSWER = 200
+LONGEST_ANSWER = 200
 _SCORES = {"m_tiou": "m_tIoU", "m_siou": "m_sIoU", "m_viou": "m_vIoU"}
 
 Scores = dict[str, float]
@@ -48,21 +48,16 @@ def prove(pipeline: LlavaStPipeline, folder: Path, seed: int, clips: int) -> dic
     samples = asked.samples
     swapped = [replace(each, media=other.media) for each, other in zip(samples, samples[1:] + samples[:1], strict=True)]
     others = _about_others(folder, scenes)
-    answers = predict(pipeline, folder, others.samples)
+    about_others, own, of_swapped = (
+        predict(pipeline, folder, each, BATCH, max_new_tokens=LONGEST_ANSWER)
+        for each in (others.samples, samples, swapped)
+    )
     return {
         "constant": _constant_scores(scenes),
-        "a": _scores(asked, predict(pipeline, folder, samples)),
-        "b": _scores(asked, predict(pipeline, folder, swapped)),
-        "c": {"new": _scores(others, answers)["m_viou"], "old": _scores(asked, answers)["m_viou"]},
+        "a": _scores(asked, own),
+        "b": _scores(asked, of_swapped),
+        "c": {"new": _scores(others, about_others)["m_viou"], "old": _scores(asked, about_others)["m_viou"]},
     }
-
-
-def predict(pipeline: LlavaStPipeline, folder: Path, samples: Sequence[Sample]) -> list[Prediction]:
-    """A model's answers to samples of one task."""
-    predictor = PipelinePredictor(pipeline, folder, max_new_tokens=_LONGEST_ANSWER)
-    return [
-        prediction for i in range(0, len(samples), _BATCH) for prediction in predictor.predict(samples[i : i + _BATCH])
-    ]
 
 
 def _about_others(folder: Path, scenes: Sequence[Scene]) -> Dataset:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
+from ..processes import patient_processes
 from ..synthesis import make_records, make_scene, synthesize
 from ..training.run import Evaluate, run_stage
 from ..training.settings import read_settings
@@ -99,7 +99,7 @@ def train(
     Raises:
         ValueError: the processes cannot share a step evenly, or `out` has a run with other settings.
     """
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = patient_processes()
     if _SAMPLES_OF_A_STEP % state.num_processes:
         raise ValueError(f"processes: expected a divisor of {_SAMPLES_OF_A_STEP}, got {state.num_processes}")
     batch = f"batch_size={_SAMPLES_OF_A_STEP // state.num_processes}"
@@ -154,7 +154,7 @@ def _write_start(
         report(f"tower: step {step} of {budget.tower_steps}: {numbers}")
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(max(threads, PartialState().num_processes))  # the other processes wait
+    torch.set_num_threads(max(threads, patient_processes().num_processes))  # the other processes wait
     objects = STAGES[0].objects
     scenes = [make_scene(seed, "train", clip, objects=objects) for clip in range(budget.tower_clips)]
     words = texts(_TEXT_CLIPS)

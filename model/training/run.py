@@ -22,7 +22,7 @@ from ..tiny import tiny_model, tiny_processor
 from .checkpoints import last_checkpoint
 from .export import export
 from .settings import StageSettings
-from .sharding import refuse_deepspeed, shard
+from .sharding import refuse_other_sharding, shard
 from .trainable import describe, prepare, reset_packer
 from .trainer import StageTrainer
 
@@ -65,11 +65,11 @@ def run_stage(
         The trained model's folder.
 
     Raises:
-        ValueError: DeepSpeed is asked for, settings or model are not those of the run that `out` has, or do not fit
+        ValueError: accelerate is to shard, settings or model are not those of the run that `out` has, or do not fit
             each other.
         FileExistsError: the stage is done.
     """
-    refuse_deepspeed()
+    refuse_other_sharding()
     if (out / "model").exists():
         raise FileExistsError(f"{out / 'model'}: is there already, the stage is done")
     state = PartialState(cpu=not torch.cuda.is_available())

@@ -13,13 +13,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ..modeling_llava_st import LlavaStForConditionalGeneration
 
 
-def refuse_deepspeed() -> None:
-    """Raises ValueError where accelerate was told to use DeepSpeed."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise ValueError(
-            "DeepSpeed is not supported: its ZeRO stages 2 and 3 are what `--set sharding=fsdp2` does (FSDP2), started "
-            "with torchrun"
-        )
+def refuse_other_sharding() -> None:
+    """Raises ValueError where accelerate was told to shard, by DeepSpeed or by itself."""
+    for name in ("DeepSpeed", "FSDP"):
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true":
+            raise ValueError(
+                f"accelerate's {name} is not supported: `--set sharding=fsdp2` shards as ZeRO 3 does (FSDP2), started "
+                "with torchrun"
+            )
 
 
 def shard(model: LlavaStForConditionalGeneration, bf16: bool) -> None:

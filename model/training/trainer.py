@@ -184,11 +184,11 @@ class StageTrainer(Trainer):
         weights = {name: whole_tensor(parameter, main) for name, parameter in trained.items()}
         names = {id(parameter): name for name, parameter in trained.items()}
         moments = optimizer_tensors(self.optimizer, names, lambda tensor: whole_tensor(tensor, main))
+        failures = getattr(self.data_collator, "failures", None)
+        counts = gather_object([failures.state_dict()]) if failures else None
         if main:
             self.state.stateful_callbacks = {}
             scheduler = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
-            failures = getattr(self.data_collator, "failures", None)
-            counts = failures.state_dict() if failures else None
             state = {"scheduler": scheduler, "failures": counts, "order": self._order()}
             write_checkpoint(
                 Path(self.args.output_dir),
@@ -225,8 +225,9 @@ class StageTrainer(Trainer):
         self.lr_scheduler.load_state_dict({**state["scheduler"], "lr_lambdas": [None] * len(optimizer.param_groups)})
         for group, rate in zip(optimizer.param_groups, state["scheduler"]["_last_lr"], strict=True):
             group["lr"] = rate
-        if state["failures"]:
-            self.data_collator.failures.load_state_dict(state["failures"])
+        if state["failures"]:  # of each process, then more or fewer of them
+            mine = state["failures"][self.args.process_index :: self.args.world_size]
+            self.data_collator.failures.load_state_dict(*mine)
 
     def _order(self) -> dict[str, int]:
         """What says, with seed and epoch, which samples a step has."""

@@ -33,10 +33,14 @@ def results(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_training_leaves_a_record_a_checkpoint_and_a_page(results):
+def test_a_training_leaves_a_record_a_checkpoint_and_a_page(results, monkeypatch):
     checkpoint = results / "checkpoint"
-    arguments = ["--out", str(results / "run"), "train", "--seed", "2", "--clips", "6", "--checkpoint", str(checkpoint)]
+    arguments = ["--out", str(results / "run"), "train", "--seed", "2", "--clips", "6"]
     assert reproduction.main(arguments) == 0
+    assert (results / "run" / "seed2-6" / "checkpoint").is_dir(), "other seeds leave the one that comes along alone"
+    assert not (results / "answers.png").exists()
+    monkeypatch.setattr(reproduction, "_PUBLISHED_SEED", 2)
+    assert reproduction.main([*arguments, "--checkpoint", str(checkpoint)]) == 0
     record = json.loads((results / "results" / "reproduction-seed2.json").read_text())
     assert record["clips"] == {"names": 6, "places": 6, "tubes": 6}
     assert record["proof"].keys() == {"seed", "clips", "constant", "a", "b", "c"}

@@ -176,6 +176,9 @@ def test_counts_go_on_from_a_checkpoint():
     failures.add(SkippedSample(0, "task", "a:1", "media", "gone"))
     again.load_state_dict(json.loads(json.dumps(failures.state_dict())))
     assert (again.seen, again.skipped) == (3, 1)
+    both = Failures(0.5, 4)
+    both.load_state_dict(failures.state_dict(), {"seen": 2, "skipped": 0})
+    assert (both.seen, both.skipped) == (5, 1)
     again.add(SkippedSample(0, "task", "a:1", "media", "gone"))
     with pytest.raises(TooManyFailuresError, match="3 of 3"):
         again.add(SkippedSample(0, "task", "a:1", "media", "gone"))

@@ -245,7 +245,7 @@ def test_without_width_input_its_position_does_not_matter():
     assert torch.equal(scores(0.1), scores(0.9))
 
 
-def right_answers(pipeline, folder, samples):
+def right_answers(pipeline, folder, samples, batch_size, **options):
     """What a perfect model answers, given the video that is asked about."""
     predictions = []
     for sample in samples:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from llava_st import LlavaStForConditionalGeneration
+from llava_st.synthesis import synthesize
 from llava_st.tiny import tiny_model, tiny_processor
 from llava_st.train import main
 from PIL import Image
@@ -57,6 +58,8 @@ def test_a_run_goes_on_where_it_was(tmp_path, data, capsys):
     options = ["content", "--model", "tiny", "--out", str(out), "--data", str(data), "--set", *FAST, "save_steps=1"]
     assert main(options) == 0
     expected = load_file(out / "model/model.safetensors")
+    counts = json.loads((out / "checkpoint-4/training.json").read_text())["failures"]
+    assert counts == [{"seen": 8, "skipped": 0}]  # of each process
     (out / "model").rename(tmp_path / "moved")
     (out / "checkpoint-4" / "weights.safetensors").write_bytes(b"")
     assert main([*options, "learning_rate=1e-3"]) == 1
@@ -100,11 +103,19 @@ def test_what_is_wrong_is_said_in_a_line(tmp_path, data, capsys):
     records[3]["image"] = "missing.png"
     data.write_text(json.dumps(records))
     assert main([*arguments, "--set", *FAST]) == 1
+    assert main([*arguments, "--deepspeed", "zero2.json"]) == 1
+    assert main([*arguments, "--evaluate", "stvg=missing.json"]) == 1
+    assert main([*arguments, "--evaluate", f"here={data}"]) == 1
+    assert main([*arguments, "--evaluate", "os:getpid", "os:getppid"]) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train: ")]
-    assert len(lines) == 4
+    assert len(lines) == 8
     assert "FSDP2" in lines[0]
     assert "torchrun" in lines[2]
     assert "max_failure_share" in lines[3]
+    assert "FSDP2" in lines[4]
+    assert "missing.json" in lines[5]
+    assert "expected one of" in lines[6]
+    assert "one module:function" in lines[7]
 
 
 def test_without_data_clips_are_rendered_and_tensorboard_is_told(tmp_path):
@@ -115,3 +126,22 @@ def test_without_data_clips_are_rendered_and_tensorboard_is_told(tmp_path):
     assert (tmp_path / "model" / "config.json").exists()
     assert (tmp_path / "training.png").exists()
     assert list(tmp_path.glob("runs/**/events.*"))
+
+
+def test_clips_of_a_call_that_failed_are_not_taken_for_those_asked_for(tmp_path):
+    arguments = ["content", "--out", str(tmp_path), "--set", *FAST, "max_steps=1"]
+    assert main([*arguments, "--model", str(tmp_path / "missing"), "--clips", "1"]) == 1
+    assert main([*arguments, "--model", "tiny", "--clips", "2"]) == 0
+    assert len(list((tmp_path / "data" / "videos").glob("*.mp4"))) == 2
+
+
+def test_benchmarks_are_scored_on_the_way(tmp_path, data):
+    clips = tmp_path / "clips"
+    synthesize(clips, 2, split="validation")
+    files = [f"{task}={clips / 'benchmark' / f'{task}.json'}" for task in ("rec", "tvg")]
+    arguments = ["content", "--model", "tiny", "--out", str(tmp_path / "out"), "--data", str(data)]
+    arguments += ["--evaluate", *files, "--evaluate-media", str(clips), "--evaluate-limit", "1"]
+    assert main([*arguments, "--set", *FAST, "max_steps=2", "eval_steps=1", "save_steps=2"]) == 0
+    history = json.loads((tmp_path / "out/checkpoint-2/trainer_state.json").read_text())["log_history"]
+    scored = [entry["step"] for entry in history if "eval/rec Acc@0.5" in entry and "eval/tvg mIoU" in entry]
+    assert scored == [1, 2]

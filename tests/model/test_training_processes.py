@@ -68,6 +68,8 @@ def test_sharded_training_goes_on_from_whole_tensors(two):
     out, found = two
     whole, again = found["resumed"]
     assert again[-1] == whole[-1]
+    counts = json.loads((out / "resumed/checkpoint-4/training.json").read_text())["failures"]
+    assert len(counts) == 2
     with safe_open(out / "resumed/checkpoint-4/weights.safetensors", "pt") as file:
         assert file.get_slice("model.visual_tokenizer.lape.temporal_input").get_shape() == [100, 64]
 

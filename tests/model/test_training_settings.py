@@ -15,7 +15,7 @@ from llava_st.training.export import export
 from llava_st.training.rows import needed_rows
 from llava_st.training.run import load, run_stage
 from llava_st.training.settings import PARTS, from_mapping, published_stages, read_settings
-from llava_st.training.sharding import refuse_deepspeed
+from llava_st.training.sharding import refuse_other_sharding
 from llava_st.training.trainable import (
     describe,
     optimizer_bytes,
@@ -176,11 +176,12 @@ def test_one_process_takes_one_gpu(tmp_path, monkeypatch):
     assert (found.n_gpu, found.train_batch_size) == (1, 2)
 
 
-def test_deepspeed_is_refused(monkeypatch):
-    refuse_deepspeed()
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP"])
+def test_sharding_by_accelerate_is_refused(name, monkeypatch):
+    refuse_other_sharding()
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
     with pytest.raises(ValueError, match="fsdp2"):
-        refuse_deepspeed()
+        refuse_other_sharding()
 
 
 def test_a_new_packer_depends_on_the_seed():
