@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dataset = read_dataset(options.task, options.data, options.seed, options.timestamps)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    samples = [sample for sample in dataset.samples if limit is None or sample.index < limit]
+    samples = dataset.first(limit)
     if not samples:
         parser.error("\n".join([f"{options.data}: has no usable records", *dataset.broken[:5]]))
     if not options.score_only:

@@ -80,7 +80,6 @@ class _Tower:
 
 class _Attention(Replacement):
     def __init__(self, module: nn.Module, check: bool, suffixes: Sequence[str]) -> None:
-        self.suffixes = tuple(suffixes)
         self.names = [f"{kind}_proj{suffix}" for suffix in suffixes for kind in "kv"]
         super().__init__(module, check, ["q_proj", "o_proj", *self.names])
 
@@ -181,7 +180,7 @@ class _OfOneTower(_Attention):
 
 class _OfAllTowers(_Attention):
     def inputs(self, *arguments: Any, **options: Any) -> tuple[Any, ...] | None:
-        count = len(self.suffixes)
+        count = len(self.layers()) // 2
         if options or len(arguments) != 1 + 2 * count:
             return None
         return self.fitting(arguments[0], arguments[1 : 1 + count], arguments[1 + count :])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class Evaluator:
         self._media, self._limit, self._batch_size, self._options = Path(media), limit, batch_size, options
         self._datasets = {task: read_dataset(task, Path(file)) for task, file in benchmarks.items()}
         for task, dataset in self._datasets.items():
-            if not self._asked(dataset.samples):
+            if not dataset.first(limit):
                 raise ValueError(f"{benchmarks[task]}: has no usable records")
 
     def __call__(
@@ -54,14 +54,11 @@ class Evaluator:
         """`"TASK SCORE"` -> a score in percent, as `llava_st.evaluate` reports it."""
         pipeline, found = LlavaStPipeline(model, processor), {}
         for task, dataset in self._datasets.items():
-            asked = self._asked(dataset.samples)
+            asked = dataset.first(self._limit)
             predictions = predict(pipeline, self._media, asked, self._batch_size, **self._options)
             scores = score(dataset, predictions, limit=self._limit)["scores"]
             found |= {f"{task} {name}": value for name, value in scores.items()}
         return found
-
-    def _asked(self, samples: Iterable[Sample]) -> list[Sample]:
-        return [sample for sample in samples if self._limit is None or sample.index < self._limit]
 
 
 def predict(

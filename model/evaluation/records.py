@@ -30,6 +30,10 @@ class Dataset:
     broken: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    def first(self, limit: int | None) -> list[Sample]:
+        """The samples among the file's first `limit` records; all where that is None."""
+        return [sample for sample in self.samples if limit is None or sample.index < limit]
+
 
 def read_json(path: str | PathLike[str]) -> Any:
     """What a file of JSON holds; ValueError where it is none."""

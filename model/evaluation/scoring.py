@@ -40,7 +40,7 @@ def score(
     Raises:
         ValueError: predictions are of other samples.
     """
-    samples = [sample for sample in dataset.samples if limit is None or sample.index < limit]
+    samples = dataset.first(limit)
     if not samples:
         raise ValueError("dataset: expected samples, found none")
     known = {prediction.index: prediction for prediction in predictions}
